@@ -1,0 +1,34 @@
+"""fusewise: all_reduce → + residual → RMSNorm, the fastest way at every message size.
+
+Names are imported when they are first used: reading a profile never imports torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fusewise.communicator import Communicator as Communicator
+    from fusewise.errors import FusewiseError as FusewiseError
+    from fusewise.plan import derive as derive
+    from fusewise.profile import Profile as Profile
+    from fusewise.shape import Shape as Shape
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "Communicator": "fusewise.communicator",
+    "FusewiseError": "fusewise.errors",
+    "Profile": "fusewise.profile",
+    "Shape": "fusewise.shape",
+    "derive": "fusewise.plan",
+}
+
+__all__ = ["Communicator", "FusewiseError", "Profile", "Shape", "__version__", "derive"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'fusewise' has no attribute {name!r}")

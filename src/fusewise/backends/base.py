@@ -1,0 +1,118 @@
+"""The protocol every provider implements, and the checks shared by all.
+
+A backend answers two questions it must not mix up with a third: *can it run on this node*
+(``available``), *can it run this shape* (``admits``); whether it *should* is the plan's business.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+
+from fusewise.kernels.norm import residual_rms_norm
+from fusewise.profile import UNFUSED_SUFFIX, Numerics, PathRecord
+from fusewise.shape import Shape
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from fusewise.group import Group
+    from fusewise.node import Fingerprint
+
+DTYPE_NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
+
+
+class Backend(ABC):
+    """One way to all-reduce, or to do all-reduce, residual and RMSNorm at once.
+
+    Constructing one is collective: every rank of the group builds the same backends in the same
+    order, each within ``group.timeout_s``, and ``close`` is collective likewise.
+
+    Args:
+        group: the ranks.
+        max_shape: the largest message and the widest row the workspaces must hold.
+
+    Raises:
+        UnavailableError: it cannot be built here; the message says what to do.
+    """
+
+    id: ClassVar[str]
+    provider: ClassVar[str]
+    fused: ClassVar[bool] = False
+    numerics: ClassVar[Numerics]
+    plain: ClassVar[bool] = True  # offers all_reduce
+    takes_no_residual: ClassVar[bool] = True
+    takes_weight_bias: ClassVar[bool] = True
+
+    def __init__(self, group: Group, max_shape: Shape) -> None:
+        self.group = group
+        self.max_shape = max_shape
+
+    @classmethod
+    @abstractmethod
+    def available(cls, node: Fingerprint) -> str | None:
+        """None if it can run on that node in this process, else the reason and the remedy."""
+
+    def admits(self, shape: Shape) -> str | None:
+        """None if this shape can run, else the reason. Must answer alike on all ranks."""
+        if shape.message_bytes > self.max_shape.message_bytes:
+            return (
+                f"needs {shape.message_bytes} bytes of workspace, has "
+                f"{self.max_shape.message_bytes}"
+            )
+        return None
+
+    @abstractmethod
+    def all_reduce(self, x: Tensor) -> Tensor:
+        """The sum of all ranks' ``x`` as a new tensor; ``x`` keeps its value.
+
+        Args:
+            x: contiguous, [num_tokens, hidden_size], bf16, fp16 or fp32, on the group's device.
+        """
+
+    def all_reduce_rms_norm(
+        self,
+        x: Tensor,
+        residual: Tensor | None,
+        weight: Tensor,
+        eps: float,
+        weight_bias: float = 0.0,
+    ) -> tuple[Tensor, Tensor]:
+        """``(norm, sum + residual)``; unfused backends compose it from ``all_reduce``.
+
+        Args:
+            x: as in ``all_reduce``.
+            residual: like ``x``, or None.
+            weight: [hidden_size], the dtype of ``x``.
+            eps: added to the mean square.
+            weight_bias: 1.0 for Gemma's ``1 + weight``.
+
+        Returns:
+            Two new tensors like ``x``.
+        """
+        return residual_rms_norm(self.all_reduce(x), residual, weight, eps, weight_bias)
+
+    def capture_end(self) -> None:  # noqa: B027  most have nothing to register
+        """Called on all ranks after a CUDA graph was captured; backends register buffers here."""
+
+    def close(self) -> None:  # noqa: B027  most own nothing
+        """Gives back every buffer and handle. Collective; safe to call twice."""
+
+    @classmethod
+    def path_name(cls) -> str:
+        """The whole operation's path: ``flashinfer.one_shot`` or ``nccl + rms_norm``."""
+        return cls.id if cls.fused else cls.id + UNFUSED_SUFFIX
+
+    @classmethod
+    def record(cls) -> PathRecord:
+        """How a profile describes this path."""
+        return PathRecord(
+            name=cls.path_name(), provider=cls.provider, fused=cls.fused, numerics=cls.numerics
+        )
+
+
+def shape_of(x: Tensor) -> Shape:
+    """The shape of a checked two-dimensional tensor."""
+    return Shape(x.shape[0], x.shape[1], DTYPE_NAMES[x.dtype])  # type: ignore[arg-type]

@@ -1,0 +1,162 @@
+"""A process group with a control channel: bounded gathers, votes and agreements by name.
+
+The control channel is torch's rendezvous store, not a collective: it needs no device, has a
+deadline, and knows who is missing. Data never travels here; decisions do.
+"""
+
+from __future__ import annotations
+
+import json
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+
+from fusewise.errors import DisagreementError, RankError, RankTimeoutError, UnavailableError
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+    from torch.distributed.distributed_c10d import Store
+
+DEFAULT_TIMEOUT_S = 120.0  # the slowest step behind a vote: a provider compiling its kernels
+
+_uses: dict[str, int] = {}
+
+
+class Group:
+    """The ranks that all-reduce together, and what they tell each other.
+
+    Every method that talks takes a ``phase``: the words an error uses for what was going on. All
+    ranks must call the same methods in the same order; a rank that does not arrive is named.
+
+    Args:
+        process_group: torch's group; None for the default (world) group.
+        device: where this rank's tensors live; by default the current GPU for an NCCL group,
+            else the CPU.
+        timeout_s: bound of every wait.
+
+    Raises:
+        UnavailableError: torch.distributed is not initialised, or this rank is not a member.
+    """
+
+    def __init__(
+        self,
+        process_group: ProcessGroup | None = None,
+        device: torch.device | str | None = None,
+        timeout_s: float = DEFAULT_TIMEOUT_S,
+    ) -> None:
+        if not dist.is_initialized():
+            raise UnavailableError(
+                "no process group",
+                hint="Call torch.distributed.init_process_group first, or start with torchrun.",
+            )
+        self.process_group: ProcessGroup = (
+            process_group or dist.distributed_c10d._get_default_group()
+        )
+        if dist.get_rank(self.process_group) < 0:
+            raise UnavailableError("this rank is not a member of the group it was given")
+        self.rank = dist.get_rank(self.process_group)
+        self.ranks: list[int] = dist.get_process_group_ranks(self.process_group)
+        self.world_size = len(self.ranks)
+        self.timeout_s = timeout_s
+        self.device = torch.device(device) if device is not None else _default_device(self)
+        self._store = self._open_store()
+        self._turn = 0
+
+    @property
+    def name(self) -> str:
+        """torch's name of the group, as compiled graphs refer to it."""
+        return str(self.process_group.group_name)
+
+    def _open_store(self) -> Store:
+        members = "-".join(map(str, self.ranks))
+        use = _uses[members] = _uses.get(members, 0) + 1
+        root = dist.distributed_c10d._get_default_store()
+        return dist.distributed_c10d.PrefixStore(f"fusewise/{members}/{use}", root)
+
+    def gather(self, phase: str, value: Any) -> list[Any]:
+        """Every rank's JSON-like ``value``, in rank order, on every rank.
+
+        Raises:
+            RankTimeoutError: names the ranks that did not arrive within ``timeout_s``.
+        """
+        self._turn += 1
+        keys = [f"{self._turn}/{rank}" for rank in range(self.world_size)]
+        self._store.set(keys[self.rank], json.dumps([phase, value]))
+        arrived: list[Any] = []
+        try:
+            self._store.wait(keys, timedelta(seconds=self.timeout_s))
+            arrived = [json.loads(self._store.get(key)) for key in keys]
+        except dist.DistError as error:
+            missing = [self.ranks[r] for r, key in enumerate(keys) if not self._has(key)]
+            raise RankTimeoutError(
+                f"{self}: waiting at {phase!r}",
+                expected=f"all of ranks {self.ranks} within {self.timeout_s:g} s",
+                got=f"no answer from {missing or 'the store'}",
+                hint="See those ranks' own output for the cause.",
+            ) from error
+        # Whoever arrived at this turn has read all of the turn before: its key can go.
+        if self._turn > 1:
+            self._store.delete_key(f"{self._turn - 1}/{self.rank}")
+        phases = {rank: item[0] for rank, item in zip(self.ranks, arrived, strict=True)}
+        if len(set(phases.values())) > 1:
+            raise RankError(f"{self}: ranks are at different steps", got=str(phases))
+        return [item[1] for item in arrived]
+
+    def _has(self, key: str) -> bool:
+        try:
+            return bool(self._store.check([key]))
+        except dist.DistError:
+            return False
+
+    def broadcast(self, phase: str, value: Any) -> Any:
+        """Rank 0's JSON-like ``value`` on every rank; the others' argument is ignored."""
+        return self.gather(phase, value if self.rank == 0 else None)[0]
+
+    def barrier(self, phase: str) -> None:
+        """All ranks, or an error naming those that are missing."""
+        self.gather(phase, None)
+
+    def agree(self, phase: str, value: Any) -> None:
+        """Checks that all ranks hold an equal ``value``.
+
+        Raises:
+            DisagreementError: lists the value of every rank.
+        """
+        values = self.gather(phase, value)
+        if any(other != values[0] for other in values):
+            listed = "; ".join(f"rank {r}: {v}" for r, v in zip(self.ranks, values, strict=True))
+            raise DisagreementError(
+                f"{self}: ranks disagree at {phase!r}",
+                expected="one value on all ranks",
+                got=listed,
+                hint="Start every rank with the same profile, settings and versions.",
+            )
+
+    def vote(self, phase: str, error: BaseException | str | None) -> str | None:
+        """What failed on any rank, in one line; None when nothing did anywhere.
+
+        A rank that failed calls this too, so that its peers need not wait for it in a collective.
+        """
+        errors = self.gather(phase, None if error is None else _brief(error))
+        failed = [
+            f"rank {r}: {e}" for r, e in zip(self.ranks, errors, strict=True) if e is not None
+        ]
+        return f"{phase}: {'; '.join(failed)}" if failed else None
+
+    def __str__(self) -> str:
+        return f"group of ranks {self.ranks}"
+
+
+def _brief(error: BaseException | str) -> str:
+    if isinstance(error, str):
+        return error
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0]}"[:400]
+
+
+def _default_device(group: Group) -> torch.device:
+    if "nccl" in str(dist.get_backend(group.process_group)) and torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")

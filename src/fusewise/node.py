@@ -1,0 +1,198 @@
+"""What this node is: GPU, links, multicast, versions. The probe never imports torch or CUDA.
+
+Facts come from NVML, the driver and the installed packages' metadata, so ``explain`` and
+``doctor`` answer in a fraction of a second. Nothing here decides anything.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import re
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+HARDWARE = ("device_type", "device", "sm", "world_size", "nodes", "fabric", "multicast")
+SOFTWARE = ("driver", "cuda", "nccl", "torch", "flashinfer")
+
+# CU_DEVICE_ATTRIBUTE_MULTICAST_SUPPORTED in cuda.h (CUDA 12.1 and later).
+_ATTRIBUTE_MULTICAST_SUPPORTED = 132
+_NVLINK_MAX = 18  # NVML_NVLINK_MAX_LINKS
+
+
+class Fingerprint(BaseModel):
+    """The identity of a measured node. Two equal fingerprints may share a profile.
+
+    ``fabric`` is ``nv18`` for 18 active NVLinks per GPU, ``pcie`` without NVLink, ``shm`` for CPU
+    ranks of one host, ``net`` for ranks of several hosts. Versions are ``None`` where absent.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    device_type: Literal["cuda", "cpu"]
+    device: str = Field(min_length=1, max_length=120)
+    sm: int | None = Field(default=None, ge=10, le=9999)
+    world_size: int = Field(ge=1, le=4096)
+    nodes: int = Field(default=1, ge=1, le=4096)
+    fabric: str = Field(min_length=1, max_length=40, pattern=r"^[a-z0-9-]+$")
+    multicast: bool = False
+    driver: str | None = None
+    cuda: str | None = None
+    nccl: str | None = None
+    torch: str | None = None
+    flashinfer: str | None = None
+
+    def differences(self, other: Fingerprint, fields: tuple[str, ...]) -> list[str]:
+        """One line per differing field: ``torch: 2.11.0 in the profile, 2.13.0 here``."""
+        return [
+            f"{name}: {mine} in the profile, {theirs} here"
+            for name in fields
+            if (mine := getattr(self, name)) != (theirs := getattr(other, name))
+        ]
+
+
+def probe(world_size: int, *, nodes: int = 1, device_type: str | None = None) -> Fingerprint:
+    """The fingerprint of a group of ``world_size`` ranks, one per device, on this host.
+
+    ``device_type`` forces ``"cpu"``; by default GPUs are used where NVML shows one.
+    """
+    software: dict[str, Any] = {
+        "torch": _version("torch"),
+        "flashinfer": _version("flashinfer-python"),
+    }
+    gpu = None if device_type == "cpu" else gpu_facts()
+    if gpu is None:
+        fabric = "shm" if nodes == 1 else "net"
+        return Fingerprint(
+            device_type="cpu",
+            device=cpu_name(),
+            world_size=world_size,
+            nodes=nodes,
+            fabric=fabric,
+            **software,
+        )
+    if nodes > 1:
+        gpu["fabric"] = "net"
+    software |= {"cuda": _torch_cuda(), "nccl": _nccl()}
+    return Fingerprint(device_type="cuda", world_size=world_size, nodes=nodes, **gpu, **software)
+
+
+def gpu_facts() -> dict[str, Any] | None:
+    """Name, sm, fabric, multicast and driver of the first visible GPU; None without one."""
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+    except Exception:  # no driver, no library, no permission: the same answer, no GPU here
+        return None
+    try:
+        if pynvml.nvmlDeviceGetCount() == 0:
+            return None
+        handle = pynvml.nvmlDeviceGetHandleByIndex(0)
+        major, minor = pynvml.nvmlDeviceGetCudaComputeCapability(handle)
+        links = _active_links(pynvml, handle)
+        return {
+            "device": _text(pynvml.nvmlDeviceGetName(handle)),
+            "sm": 10 * major + minor,
+            "fabric": f"nv{links}" if links else "pcie",
+            "multicast": multicast_supported(),
+            "driver": _text(pynvml.nvmlSystemGetDriverVersion()),
+        }
+    finally:
+        pynvml.nvmlShutdown()
+
+
+def gpu_count() -> int:
+    """GPUs that NVML shows, narrowed by CUDA_VISIBLE_DEVICES."""
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+    except Exception:  # as in gpu_facts
+        return 0
+    try:
+        present = int(pynvml.nvmlDeviceGetCount())
+    finally:
+        pynvml.nvmlShutdown()
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        return present
+    return min(present, len([item for item in visible.split(",") if item.strip()]))
+
+
+def multicast_supported() -> bool:
+    """Whether NVLink multicast may be used: the device has it and no switch turns it off.
+
+    ``TORCH_SYMM_MEM_DISABLE_MULTICAST`` is torch's own switch; ``NCCL_NVLS_ENABLE=0`` is honoured
+    too, because whoever turned multicast off for NCCL meant the node. Only asks; never binds.
+    """
+    if os.environ.get("TORCH_SYMM_MEM_DISABLE_MULTICAST", "0") not in ("", "0"):
+        return False
+    if os.environ.get("NCCL_NVLS_ENABLE", "") == "0":
+        return False
+    try:
+        cuda = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    value, device = ctypes.c_int(0), ctypes.c_int(0)
+    if cuda.cuInit(0) or cuda.cuDeviceGet(ctypes.byref(device), 0):
+        return False
+    failed = cuda.cuDeviceGetAttribute(ctypes.byref(value), _ATTRIBUTE_MULTICAST_SUPPORTED, device)
+    return not failed and value.value == 1
+
+
+def cpu_name() -> str:
+    """The processor's model name, as /proc/cpuinfo gives it."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        text = ""
+    match = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+    return (match[1].strip() if match else platform.machine() or "cpu")[:120]
+
+
+def _active_links(pynvml: Any, handle: Any) -> int:
+    active = 0
+    for link in range(_NVLINK_MAX):
+        try:
+            active += int(pynvml.nvmlDeviceGetNvLinkState(handle, link) == 1)
+        except pynvml.NVMLError:  # the link does not exist on this device
+            break
+    return active
+
+
+def _text(value: str | bytes) -> str:
+    return value.decode() if isinstance(value, bytes) else value
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _torch_cuda() -> str | None:
+    """``torch.version.cuda``, read from torch/version.py without importing torch."""
+    spec = importlib.util.find_spec("torch")
+    if spec is None or spec.origin is None:
+        return None
+    try:
+        text = Path(spec.origin).with_name("version.py").read_text(encoding="utf-8")
+    except OSError:
+        return None
+    match = re.search(r"^cuda\b[^=]*=\s*'([^']+)'", text, re.MULTILINE)
+    return match[1] if match else None
+
+
+def _nccl() -> str | None:
+    for distribution in ("nvidia-nccl-cu13", "nvidia-nccl-cu12"):
+        version = _version(distribution)
+        if version:
+            return version
+    return None
