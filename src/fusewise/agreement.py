@@ -1,0 +1,101 @@
+"""What all ranks of a group settle before the first message: fingerprint, plan, backends.
+
+Every step is a vote or a comparison over the control channel, so a rank that fails makes all ranks
+fail alike, at once and by name. No data tensor is touched here.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+from pathlib import Path
+from typing import TYPE_CHECKING, get_args
+
+from fusewise import store
+from fusewise.backends.registry import backend_class, baseline_id
+from fusewise.bands import Plan, default_plan
+from fusewise.errors import FusewiseError, UnavailableError
+from fusewise.node import Fingerprint, probe
+from fusewise.plan import derive
+from fusewise.profile import UNFUSED_SUFFIX, Profile
+from fusewise.shape import DType, Shape
+
+if TYPE_CHECKING:
+    from fusewise.backends.base import Backend
+    from fusewise.group import Group
+
+log = logging.getLogger("fusewise")
+
+
+def build_backend(
+    backend_id: str, group: Group, node: Fingerprint, max_shape: Shape
+) -> tuple[Backend | None, str]:
+    """A backend on all ranks, or None on all with the reason and the rank that failed."""
+    kind = backend_class(backend_id)
+    reason = kind.available(node)
+    unavailable = group.vote(f"{backend_id}: available", reason)
+    if unavailable:
+        return None, reason or unavailable
+    backend, error = None, None
+    try:
+        backend = kind(group, max_shape)
+    except (FusewiseError, RuntimeError, OSError, ImportError, ValueError) as fault:
+        error = fault
+    failed = group.vote(f"{backend_id}: build", error)
+    if failed and backend is not None:
+        backend.close()
+    return (None, failed) if failed else (backend, "")
+
+
+def fingerprint_of(group: Group) -> Fingerprint:
+    """This group's fingerprint, the same on all its ranks.
+
+    Raises:
+        DisagreementError: ranks run on different GPUs or different versions.
+    """
+    hosts = group.gather("hosts", _host())
+    node = probe(group.world_size, nodes=len(set(hosts)), device_type=group.device.type)
+    group.agree("fingerprint", node.model_dump(mode="json"))
+    return node
+
+
+def _host() -> str:
+    """One name per running kernel: containers on one host share shared memory or say so."""
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    return socket.gethostname() + (boot.read_text().strip() if boot.exists() else "")
+
+
+def agreed_plans(
+    group: Group, node: Fingerprint, argument: Profile | str | os.PathLike[str] | None
+) -> tuple[dict[DType, Plan], str]:
+    """Every dtype's plan: rank 0 decides, all compare what they were given and what they got."""
+    error: FusewiseError | None = None
+    given: str | None = None
+    found: list[store.Resolution] = []
+    try:
+        if argument is not None and not isinstance(argument, Profile):
+            argument = store.load(argument)
+        given = derive(argument).digest if argument is not None else None
+        dtypes = [argument.dtype] if argument is not None else list(get_args(DType))
+        if argument is not None or group.rank == 0:
+            found = [store.find_profile(node, dtype, argument=argument) for dtype in dtypes]
+    except FusewiseError as fault:
+        error = fault
+    failed = group.vote("profile", error)
+    if error is not None:
+        raise error
+    if failed:
+        raise UnavailableError(f"{group}: a peer could not read its profile", got=failed)
+    group.agree("profile passed as argument", given)
+    for note in dict.fromkeys(note for resolution in found for note in resolution.notes):
+        log.warning("%s", note)
+    baseline = baseline_id(node.device_type) + UNFUSED_SUFFIX
+    plans = {dtype: default_plan(dtype, baseline) for dtype in get_args(DType)}
+    for resolution in found:
+        if resolution.profile is not None:
+            plans[resolution.profile.dtype] = derive(resolution.profile)
+    documents = group.broadcast("plan", {dtype: plan.to_dict() for dtype, plan in plans.items()})
+    plans = {dtype: Plan.from_dict(document) for dtype, document in documents.items()}
+    group.agree("plan digest", [plan.digest for plan in plans.values()])
+    return plans, found[0].where if found else "rank 0's profile"

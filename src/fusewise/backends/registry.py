@@ -1,0 +1,77 @@
+"""Every backend by its id. The provider files are imported only when one of theirs is asked for."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from typing import TYPE_CHECKING
+
+from fusewise.errors import InputError
+from fusewise.profile import UNFUSED_SUFFIX
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from fusewise.backends.base import Backend
+
+_HOMES = {
+    "nccl": "torch_dist:Nccl",
+    "gloo": "torch_dist:Gloo",
+    "nccl_symm": "nccl_symm:NcclSymm",
+    "symm_mem.one_shot": "symm_mem:OneShot",
+    "symm_mem.two_shot": "symm_mem:TwoShot",
+    "multimem": "symm_mem:Multimem",
+    "custom": "custom:Custom",
+    "flashinfer.one_shot": "flashinfer:OneShot",
+    "flashinfer.two_shot": "flashinfer:TwoShot",
+    "native.one_shot": "native:OneShot",
+    "native.two_shot": "native:TwoShot",
+    "shm.one_shot": "shm:OneShot",
+}
+
+
+def all_ids() -> list[str]:
+    """Every backend id, the baselines first."""
+    return list(_HOMES)
+
+
+def backend_class(backend_id: str) -> type[Backend]:
+    """The class behind an id.
+
+    Raises:
+        InputError: no such backend; names those that look alike.
+    """
+    if backend_id not in _HOMES:
+        close = difflib.get_close_matches(backend_id, _HOMES, n=2)
+        raise InputError(
+            "unknown backend",
+            expected=f"one of {', '.join(_HOMES)}",
+            got=repr(backend_id),
+            hint=f"Did you mean {' or '.join(close)}?" if close else None,
+        )
+    module, name = _HOMES[backend_id].split(":")
+    found: type[Backend] = getattr(importlib.import_module(f"fusewise.backends.{module}"), name)
+    return found
+
+
+def select(names: Iterable[str]) -> set[str]:
+    """Ids for names as people write them: an id, or a provider such as ``native`` for all of its.
+
+    Raises:
+        InputError: a name that is neither.
+    """
+    chosen: set[str] = set()
+    for name in names:
+        family = {i for i in _HOMES if i == name or i.startswith(f"{name}.")}
+        chosen |= family or {backend_class(name).id}
+    return chosen
+
+
+def baseline_id(device_type: str) -> str:
+    """What torch itself would run: ``nccl`` on GPUs, ``gloo`` on CPUs."""
+    return "nccl" if device_type == "cuda" else "gloo"
+
+
+def backend_of(path: str) -> str:
+    """The backend id inside a path name: ``nccl + rms_norm`` → ``nccl``."""
+    return path.removesuffix(UNFUSED_SUFFIX)

@@ -1,0 +1,70 @@
+"""torch.distributed's own all-reduce: NCCL on GPUs, gloo on CPUs. The baselines."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar
+
+import torch.distributed as dist
+
+from fusewise.backends.base import Backend
+from fusewise.errors import UnavailableError
+from fusewise.profile import Numerics
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from fusewise.group import Group
+    from fusewise.node import Fingerprint
+    from fusewise.shape import Shape
+
+
+class _TorchDist(Backend):
+    provider = "torch"
+    # Both libraries reduce in the tensor's own type, hop by hop, in their algorithm's order.
+    numerics = Numerics(accumulation="input", order="algorithm", rounds_sum=True)
+    needs: ClassVar[str]
+
+    def __init__(self, group: Group, max_shape: Shape) -> None:
+        super().__init__(group, max_shape)
+        backend = str(dist.get_backend(group.process_group))
+        if self.needs not in backend:
+            raise UnavailableError(
+                f"{self.id} cannot run on {group}",
+                expected=f"a process group with the {self.needs} backend",
+                got=backend,
+                hint=f"Start it with init_process_group(backend={self.needs!r}).",
+            )
+
+    def admits(self, shape: Shape) -> str | None:
+        return None
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        out = x.clone()
+        dist.all_reduce(out, group=self.group.process_group)
+        return out
+
+
+class Nccl(_TorchDist):
+    """NCCL through torch.distributed, out of place as an engine calls it."""
+
+    id = "nccl"
+    needs = "nccl"
+
+    @classmethod
+    def available(cls, node: Fingerprint) -> str | None:
+        if node.device_type != "cuda":
+            return "needs NVIDIA GPUs"
+        return None if dist.is_nccl_available() else "this torch was built without NCCL"
+
+
+class Gloo(_TorchDist):
+    """gloo through torch.distributed, for CPU ranks."""
+
+    id = "gloo"
+    needs = "gloo"
+
+    @classmethod
+    def available(cls, node: Fingerprint) -> str | None:
+        if node.device_type != "cpu":
+            return "reduces CPU tensors only; GPUs use nccl"
+        return None if dist.is_gloo_available() else "this torch was built without gloo"

@@ -1,0 +1,259 @@
+"""Runs what the plan says: ``Communicator(group).all_reduce_rms_norm(x, residual, weight)``.
+
+Rank 0 finds the profile and derives the plan; every rank receives it and all compare its digest
+before the first message. Backends are built once, by vote: one that fails on any rank is left out
+on all, and its sizes go to the baseline. After that a call is one dictionary lookup.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import weakref
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from fusewise.agreement import agreed_plans, build_backend, fingerprint_of
+from fusewise.backends.base import DTYPE_NAMES, shape_of
+from fusewise.backends.registry import backend_of, baseline_id, select
+from fusewise.bands import Band
+from fusewise.errors import InputError, UnavailableError
+from fusewise.group import Group
+from fusewise.kernels.norm import residual_rms_norm
+from fusewise.profile import Profile
+from fusewise.shape import Op, Shape
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.distributed import ProcessGroup
+
+    from fusewise.backends.base import Backend
+
+log = logging.getLogger("fusewise")
+
+_MAX_MESSAGE_BYTES = 64 * 2**20  # where the published engine tables end
+_MAX_HIDDEN_SIZE = 8192
+_ALIGNMENT = 16  # bytes: the widest vector a kernel loads
+_MAX_ROUTES = 100_000  # decisions kept; one per shape seen
+
+_by_name: weakref.WeakValueDictionary[str, Communicator] = weakref.WeakValueDictionary()
+
+
+def communicator_for(name: str) -> Communicator:
+    """The open communicator of a torch process group's name.
+
+    Raises:
+        UnavailableError: none was made for that group.
+    """
+    found = _by_name.get(name)
+    if found is None:
+        raise UnavailableError(
+            f"no communicator for process group {name!r}",
+            got=f"communicators for {sorted(_by_name)}",
+            hint="Create fusewise.Communicator(group) before running the compiled model.",
+        )
+    return found
+
+
+class Communicator:
+    """The operations of one tensor-parallel group, each run by the path the plan names.
+
+    Constructing and closing are collective. Calls are collective too: every rank makes the same
+    calls with equal shapes in the same order, from one stream. Inference only.
+
+    Args:
+        group: torch's process group, or None for the default group.
+        profile: a ``Profile``, a path, or a packaged profile's name; None searches for the
+            node's own. Ranks must agree.
+        without: backends or providers never to use, such as ``["native"]``.
+        max_message_bytes: what workspaces are sized for; larger messages run on the baseline.
+        max_hidden_size: the widest row.
+        timeout_s: bound of every wait between ranks.
+
+    Raises:
+        DisagreementError: ranks were given different profiles or settings.
+        ProfileError, StaleProfileError: the profile passed is broken or of another node.
+        UnavailableError: no process group, or the baseline cannot be built.
+    """
+
+    def __init__(
+        self,
+        group: ProcessGroup | Group | None = None,
+        profile: Profile | str | os.PathLike[str] | None = None,
+        *,
+        without: Sequence[str] = (),
+        max_message_bytes: int = _MAX_MESSAGE_BYTES,
+        max_hidden_size: int = _MAX_HIDDEN_SIZE,
+        timeout_s: float = 120.0,
+    ) -> None:
+        self.group = group if isinstance(group, Group) else Group(group, timeout_s=timeout_s)
+        self.node = fingerprint_of(self.group)
+        excluded = sorted(select(without))
+        self.group.agree("settings", [excluded, max_message_bytes, max_hidden_size])
+        self.plans, self.source = agreed_plans(self.group, self.node, profile)
+        tokens = max(1, max_message_bytes // (2 * max_hidden_size))
+        self._max_shape = Shape(tokens, max_hidden_size, "bfloat16")
+        self._backends: dict[str, Backend] = {}
+        self._routes: dict[tuple[Op, torch.Size, torch.dtype, bool, bool], Backend] = {}
+        self._told: set[str] = set()
+        self._baseline = baseline_id(self.node.device_type)
+        if self.group.world_size > 1:
+            self._build(excluded)
+        _by_name[self.group.name] = self
+
+    def _build(self, excluded: Sequence[str]) -> None:
+        named = {backend_of(path) for plan in self.plans.values() for path in plan.paths()}
+        for backend_id in [self._baseline, *sorted(named - {self._baseline})]:
+            if backend_id in excluded:
+                self._tell(f"{backend_id} is excluded; its sizes go to {self._baseline}")
+                continue
+            backend, failed = build_backend(backend_id, self.group, self.node, self._max_shape)
+            if backend is not None:
+                self._backends[backend_id] = backend
+            elif backend_id == self._baseline:
+                raise UnavailableError(f"the baseline {backend_id} cannot be built", got=failed)
+            else:
+                self._tell(f"{backend_id} is disabled on all ranks: {failed}")
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        """The sum of all ranks' ``x`` as a new tensor.
+
+        Args:
+            x: [..., hidden_size]; bf16, fp16 or fp32; on the group's device.
+
+        Raises:
+            InputError: another dtype or device, or a tensor that needs a gradient.
+        """
+        rows = self._rows(x, "x")
+        if self.group.world_size == 1 or rows.numel() == 0:
+            return x.clone(memory_format=torch.contiguous_format)
+        backend = self._route("all_reduce", rows, False, False)
+        return backend.all_reduce(rows).view(x.shape)
+
+    def all_reduce_rms_norm(
+        self,
+        x: Tensor,
+        residual: Tensor | None,
+        weight: Tensor,
+        eps: float = 1e-6,
+        weight_bias: float = 0.0,
+    ) -> tuple[Tensor, Tensor]:
+        """``s = all_reduce(x) + residual``; returns ``(rms_norm(s) · (weight + weight_bias), s)``.
+
+        Args:
+            x: [..., hidden_size]; bf16, fp16 or fp32; on the group's device.
+            residual: the same shape and dtype, equal on all ranks; None adds nothing.
+            weight: [hidden_size], the same dtype.
+            eps: added to the mean square.
+            weight_bias: 1.0 for Gemma's ``1 + weight``.
+
+        Returns:
+            Two new tensors like ``x``, bit-identical on all ranks.
+
+        Raises:
+            InputError: shapes, dtypes or devices do not fit together.
+        """
+        rows = self._rows(x, "x")
+        if residual is not None:
+            if residual.shape != x.shape or residual.dtype != x.dtype:
+                raise _mismatch("residual", residual, x.shape, x.dtype)
+            residual = self._rows(residual, "residual")
+        if weight.shape != rows.shape[1:] or weight.dtype != x.dtype:
+            raise _mismatch("weight", weight, rows.shape[1:], x.dtype)
+        weight = self._rows(weight, "weight").view(-1)
+        if self.group.world_size == 1 or rows.numel() == 0:
+            out, total = residual_rms_norm(rows, residual, weight, eps, weight_bias)
+            total = total.clone() if residual is None else total
+        else:
+            backend = self._route("all_reduce_rms_norm", rows, residual is None, weight_bias != 0.0)
+            out, total = backend.all_reduce_rms_norm(rows, residual, weight, eps, weight_bias)
+        return out.view(x.shape), total.view(x.shape)
+
+    def decide(self, op: Op, shape: Shape) -> Band:
+        """The band that answers for a shape, as the plan has it (``explain`` prints the same)."""
+        return self.plans[shape.dtype].band_at(op, shape.hidden_size, shape.message_bytes)
+
+    @contextlib.contextmanager
+    def capture(self) -> Iterator[None]:
+        """Around a CUDA graph capture: afterwards backends register the graph's buffers.
+
+        Collective at exit. Replays of a graph captured outside of it are refused by those
+        backends that read peers' buffers in place.
+        """
+        yield
+        for backend in self._backends.values():
+            backend.capture_end()
+
+    def _route(self, op: Op, rows: Tensor, bare: bool, biased: bool) -> Backend:
+        key = (op, rows.shape, rows.dtype, bare, biased)
+        found = self._routes.get(key)
+        if found is None:
+            if len(self._routes) >= _MAX_ROUTES:
+                self._routes.clear()
+            found = self._routes[key] = self._choose(op, shape_of(rows), bare, biased)
+        return found
+
+    def _choose(self, op: Op, shape: Shape, bare: bool, biased: bool) -> Backend:
+        band = self.decide(op, shape)
+        backend = self._backends.get(backend_of(band.path))
+        if backend is None:
+            return self._backends[self._baseline]
+        refused = backend.admits(shape)
+        if op == "all_reduce" and not backend.plain:
+            refused = "it offers no plain all_reduce"
+        elif op == "all_reduce_rms_norm" and bare and not backend.takes_no_residual:
+            refused = "it needs a residual"
+        elif op == "all_reduce_rms_norm" and biased and not backend.takes_weight_bias:
+            refused = "it takes no weight bias"
+        if refused:
+            self._tell(f"{band.path} does not take {shape}: {refused}; {self._baseline} runs")
+            return self._backends[self._baseline]
+        return backend
+
+    def _rows(self, x: Tensor, name: str) -> Tensor:
+        """Two-dimensional, contiguous, aligned; a copy only where it must be."""
+        if x.dtype not in DTYPE_NAMES or x.device != self.group.device or x.ndim == 0:
+            raise InputError(
+                f"{name} cannot be reduced",
+                expected=f"bfloat16, float16 or float32 on {self.group.device}",
+                got=f"{x.dtype} of shape {tuple(x.shape)} on {x.device}",
+            )
+        if x.requires_grad and torch.is_grad_enabled():
+            raise InputError(f"{name} needs a gradient", hint="Call this under torch.no_grad().")
+        rows = x.contiguous()
+        if rows.data_ptr() % _ALIGNMENT:
+            rows = rows.clone()
+        return rows.view(-1, x.shape[-1]) if x.numel() else rows.view(0, x.shape[-1])
+
+    def _tell(self, message: str) -> None:
+        """One warning per message, from the group's first rank."""
+        if message not in self._told:
+            self._told.add(message)
+            if self.group.rank == 0:
+                log.warning("%s: %s", self.group, message)
+
+    def close(self) -> None:
+        """Closes every backend on all ranks. Safe to call twice."""
+        backends, self._backends = self._backends, {}
+        self._routes.clear()
+        if _by_name.get(self.group.name) is self:
+            del _by_name[self.group.name]
+        for backend in backends.values():
+            backend.close()
+
+    def __enter__(self) -> Communicator:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+
+def _mismatch(name: str, got: Tensor, shape: torch.Size, dtype: torch.dtype) -> InputError:
+    return InputError(
+        f"{name} does not fit x",
+        expected=f"{dtype} of shape {tuple(shape)}",
+        got=f"{got.dtype} of shape {tuple(got.shape)}",
+    )

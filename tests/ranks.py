@@ -1,0 +1,76 @@
+"""Real CPU ranks for tests: spawned once per call, over gloo, always bounded and reaped."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+_CONTEXT = multiprocessing.get_context("spawn")
+
+
+def _rank_main(
+    function: Callable[..., Any], rank: int, world_size: int, folder: str, sender: Any, args: Any
+) -> None:
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    os.environ["FUSEWISE_HOME"] = str(Path(folder) / "home")
+    store = dist.FileStore(str(Path(folder) / "store"), world_size)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
+    try:
+        sender.send(("ok", function(rank, *args)))
+    except BaseException as error:  # the parent re-raises it with the rank's name
+        sender.send(("error", f"{type(error).__name__}: {error}\n{traceback.format_exc()}"))
+    finally:
+        sender.close()
+        if world_size > 1:
+            dist.destroy_process_group()
+
+
+def run_ranks(
+    function: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 60.0
+) -> list[Any]:
+    """``function(rank, *args)`` on ``world_size`` gloo ranks; their results in rank order.
+
+    ``function`` must be importable by name. A rank's exception becomes an AssertionError here.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        pipes = [_CONTEXT.Pipe(duplex=False) for _ in range(world_size)]
+        processes = [
+            _CONTEXT.Process(
+                target=_rank_main, args=(function, rank, world_size, folder, sender, args)
+            )
+            for rank, (_, sender) in enumerate(pipes)
+        ]
+        for process in processes:
+            process.start()
+        try:
+            return _collect(pipes, processes, time.monotonic() + timeout_s)
+        finally:
+            for process in processes:
+                process.kill()
+                process.join()
+
+
+def _collect(pipes: Any, processes: Any, deadline: float) -> list[Any]:
+    results: list[Any] = []
+    for rank, ((receiver, sender), process) in enumerate(zip(pipes, processes, strict=True)):
+        sender.close()
+        if not receiver.poll(max(0.0, deadline - time.monotonic())):
+            raise AssertionError(f"rank {rank} gave no result in time (exit {process.exitcode})")
+        try:
+            kind, value = receiver.recv()
+        except EOFError:
+            raise AssertionError(f"rank {rank} died with {process.exitcode}") from None
+        assert kind == "ok", f"rank {rank}: {value}"
+        results.append(value)
+    for process in processes:
+        process.join(timeout=10)
+    return results
