@@ -27,6 +27,7 @@ Format = Literal["table", "json", "csv", "md"]
 Align = Literal["left", "right"]
 FORMATS: tuple[Format, ...] = get_args(Format)
 
+UNBROKEN_CHARS = 32  # the longest path name is 28
 _STYLES = {"fuse": "green", "do not fuse": "yellow", "inconclusive": "dim"}
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 
@@ -37,10 +38,12 @@ class Column:
 
     Args:
         key: the field of the record, unit included: ``time_us``.
-        title: the head in text and Markdown.
+        title: the head in text and Markdown; long ones may be broken with newlines.
         unit: shown behind the title there; empty for none.
         form: a ``format()`` spec for numbers in text and Markdown, such as ``.2f`` or ``+.2f``.
         align: numbers right, words left.
+        star: (field, value): in text and Markdown a star marks the cell of a record whose field
+            has that value.
     """
 
     key: str
@@ -48,6 +51,7 @@ class Column:
     unit: str = ""
     form: str = ""
     align: Align = "left"
+    star: tuple[str, Any] | None = None
 
     @property
     def head(self) -> str:
@@ -146,7 +150,12 @@ def printable(text: str) -> str:
 def _cells(section: Section) -> list[list[str]]:
     """The shown cells, row by row."""
     rows = [as_dict(record) for record in section.records]
-    return [[cell_text(row[c.key], c.form) for c in section.columns] for row in rows]
+    return [[_cell(row, column) for column in section.columns] for row in rows]
+
+
+def _cell(row: Mapping[str, Any], column: Column) -> str:
+    starred = column.star is not None and row[column.star[0]] == column.star[1]
+    return ("*" if starred else "") + cell_text(row[column.key], column.form)
 
 
 def _json(sections: Sequence[Section]) -> str:
@@ -181,7 +190,7 @@ def _csv_cell(value: Any) -> Any:
 
 def _markdown(section: Section) -> str:
     rule = ["---:" if column.align == "right" else "---" for column in section.columns]
-    heads = [_escape_markdown(column.head) for column in section.columns]
+    heads = [_escape_markdown(column.head).replace("\n", "<br>") for column in section.columns]
     rows = [[_escape_markdown(cell) for cell in row] for row in _cells(section)]
     lines = [f"| {' | '.join(row)} |" for row in (heads, rule, *rows)]
     if section.title:
@@ -192,13 +201,18 @@ def _markdown(section: Section) -> str:
 
 
 def _escape_markdown(text: str) -> str:
-    return re.sub(r"([\\|*`_\[\]~])", r"\\\1", text).replace("&", "&amp;").replace("<", "&lt;")
+    """A path's name keeps its underscores readable: between letters they mean nothing."""
+    marks = r"([\\|*`\[\]~]|(?<!\w)_|_(?!\w))"
+    return re.sub(marks, r"\\\1", text).replace("&", "&amp;").replace("<", "&lt;")
 
 
 def _plain(section: Section) -> str:
     """Aligned words and nothing else: two blanks between columns, no rules, no colour."""
     columns = section.columns
-    rows = [[column.head for column in columns], *_cells(section)]
+    heads = [column.head.split("\n") for column in columns]
+    depth = max(map(len, heads), default=0)
+    rows = [list(row) for row in zip(*([""] * (depth - len(h)) + h for h in heads), strict=True)]
+    rows += _cells(section)
     widths = [max(len(row[i]) for row in rows) for i in range(len(columns))]
     pads: list[Callable[[str, int], str]] = [
         str.rjust if column.align == "right" else str.ljust for column in columns
@@ -242,11 +256,21 @@ def _rich_table(section: Section) -> Table:
 
     title = Text(printable(section.title), style="bold") if section.title else None
     table = Table(box=SIMPLE_HEAD, title=title, title_justify="left", pad_edge=False)
-    for column in section.columns:
-        words = column.align == "left"
+    rows = _cells(section)
+    for i, column in enumerate(section.columns):
+        parts = [part for text in (column.head, *(row[i] for row in rows)) for part in _parts(text)]
         table.add_column(
-            Text(column.head), justify=column.align, no_wrap=not words, overflow="fold"
+            Text(column.head), justify=column.align, min_width=max(map(len, parts), default=0)
         )
-    for row in _cells(section):
-        table.add_row(*(Text(cell, style=_STYLES.get(cell, "")) for cell in row))
+    for row in rows:
+        table.add_row(*(Text(cell, style=_style(cell)) for cell in row))
     return table
+
+
+def _parts(text: str) -> list[str]:
+    """What must stay on one line: short cells whole, sentences word by word."""
+    return text.splitlines() if len(text) <= UNBROKEN_CHARS else text.split()
+
+
+def _style(cell: str) -> str:
+    return "bold" if cell.startswith("*") else _STYLES.get(cell, "")
