@@ -181,7 +181,7 @@ def edge(before: Point, after: Point) -> int:
         lead_high = after.medians_us[old] - after.medians_us[new]
     except KeyError:  # a path not admitted on one side of the edge
         return high
-    if lead_low <= 0 or lead_high <= 0:
+    if lead_low < 0 or lead_high <= 0:
         return high
     share = lead_low / (lead_low + lead_high)
     estimate = 2 ** (math.log2(low) + share * (math.log2(high) - math.log2(low)))

@@ -1,0 +1,225 @@
+"""vLLM's tables, its dispatch, and the rule of issue 44079, on both sides of every boundary."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from fusewise.errors import InputError
+from fusewise.shape import parse_size
+from fusewise.thresholds import (
+    VllmSettings,
+    custom_limit,
+    displaced_choice,
+    engine_cap,
+    field_mb,
+    flashinfer_active,
+    fused_backend,
+    fused_choice,
+    rule_cap,
+    symm_mem_active,
+    tables_of,
+    unfused_choice,
+    vllm_environment,
+    vllm_flag,
+)
+
+KIB, MIB = 2**10, 2**20
+
+
+def settings(**changes: Any) -> VllmSettings:
+    seed = VllmSettings(version="0.33", sm=90, world_size=8, multicast=True)
+    return replace(seed, **changes)
+
+
+@pytest.mark.parametrize(
+    ("sm", "world_size", "version", "cap"),
+    [
+        (90, 2, "0.22", 64 * MIB),
+        (90, 4, "0.22", 2 * MIB),
+        (90, 8, "0.22", 512 * KIB),
+        (90, 8, "0.33", 512 * KIB),
+        (100, 8, "0.33", 1 * MIB),
+        (103, 8, "0.22", 2 * MIB),
+        (103, 8, "0.28", 2 * MIB),
+        (103, 8, "0.29", 4 * MIB),
+        (100, 16, "0.24", None),
+        (100, 16, "0.25", 64 * MIB),
+        (107, 8, "0.26", None),
+        (107, 8, "0.27", 2 * MIB),
+        (90, 6, "0.33", None),
+        (80, 8, "0.33", None),
+    ],
+)
+def test_engine_cap(sm: int, world_size: int, version: str, cap: int | None) -> None:
+    assert engine_cap(settings(sm=sm, world_size=world_size, version=version)) == cap
+
+
+@pytest.mark.parametrize(
+    ("sm", "world_size", "limit"), [(90, 2, 32 * MIB), (90, 8, 512 * KIB), (100, 4, 4 * MIB)]
+)
+def test_one_shot_up_to_and_including_its_limit(sm: int, world_size: int, limit: int) -> None:
+    node = settings(sm=sm, world_size=world_size)
+    assert fused_choice(node, limit) == "flashinfer.one_shot"
+    assert fused_choice(node, limit + 16) == "flashinfer.two_shot"
+
+
+def test_one_shot_everywhere_where_no_limit_is_listed() -> None:
+    assert fused_choice(settings(sm=100, world_size=16), 2**30) == "flashinfer.one_shot"
+
+
+@pytest.mark.parametrize(
+    ("changes", "size", "path"),
+    [
+        ({}, 262128, "custom"),  # strictly below the table's 256 KiB
+        ({}, 262144, "multimem"),
+        ({}, 262120, "multimem"),  # not a multiple of 16 bytes
+        ({}, 64 * MIB, "multimem"),
+        ({}, 64 * MIB + 16, "nccl"),
+        ({"multicast": False}, 262144, "custom"),  # no symmetric memory: 8 MiB bounds custom
+        ({"multicast": False}, 8 * MIB - 16, "custom"),
+        ({"multicast": False}, 8 * MIB, "nccl"),
+        ({"symm_mem": False}, 262144, "custom"),
+        ({"dtype": "float16"}, 262144, "nccl"),  # symmetric memory takes bf16 only
+        ({"world_size": 2}, 8 * MIB - 16, "custom"),
+        ({"world_size": 2}, 8 * MIB, "symm_mem.two_shot"),
+        ({"world_size": 4}, 8 * MIB, "multimem"),
+        ({"world_size": 4, "sm": 100}, 2 * MIB - 16, "custom"),
+        ({"world_size": 4, "sm": 100}, 2 * MIB, "symm_mem.two_shot"),
+        ({"custom_all_reduce": False}, 4096, "multimem"),
+        ({"fully_connected": False}, 4096, "multimem"),
+        ({"fully_connected": False, "world_size": 2}, 4096, "custom"),
+        ({"sm": 80}, 8 * MIB - 16, "custom"),
+        ({"sm": 80}, 8 * MIB, "nccl"),
+        ({"nccl_symm_mem": True}, 16384, "nccl_symm"),
+        ({"nccl_symm_mem": True}, 16400, "custom"),
+        ({"nccl_symm_mem": True}, 131056, "custom"),
+        ({"nccl_symm_mem": True}, 131072, "nccl_symm"),
+        ({"nccl_symm_mem": True, "world_size": 4}, 524272, "custom"),
+        ({"nccl_symm_mem": True, "world_size": 4}, 524288, "nccl_symm"),
+        ({"nccl_symm_mem": True, "world_size": 2}, 4096, "custom"),
+        ({"nccl_symm_mem": True, "world_size": 6}, 4096, "custom"),
+        ({"nccl_symm_mem": True, "world_size": 16, "sm": 100}, 32768, "nccl_symm"),
+    ],
+)
+@pytest.mark.parametrize("version", ["0.22", "0.33"])
+def test_all_reduce_below_a_lowered_cap(
+    changes: dict[str, Any], size: int, path: str, version: str
+) -> None:
+    assert displaced_choice(settings(version=version, **changes), size) == f"{path} + rms_norm"
+
+
+@pytest.mark.parametrize(
+    ("version", "size", "path"),
+    [
+        ("0.22", 262144, "multimem"),
+        ("0.28", 262144, "multimem"),
+        ("0.29", 262144, "flashinfer"),  # on by default, and asked before all others
+        ("0.33", 524288, "flashinfer"),
+        ("0.33", 524304, "multimem"),
+    ],
+)
+def test_plain_flashinfer_up_to_the_fusion_table(version: str, size: int, path: str) -> None:
+    assert unfused_choice(settings(version=version), size) == f"{path} + rms_norm"
+
+
+def test_flashinfer_before_or_behind_nccl_symmetric_memory() -> None:
+    both = {"nccl_symm_mem": True, "flashinfer_all_reduce": True}
+    old, new = settings(version="0.28", **both), settings(version="0.29", **both)
+    assert unfused_choice(old, 8192) == "nccl_symm + rms_norm"
+    assert unfused_choice(new, 8192) == "flashinfer + rms_norm"
+    assert flashinfer_active(settings(flashinfer_all_reduce=False)) is False
+
+
+def test_plain_mnnvl_has_a_size_of_its_own_on_blackwell() -> None:
+    blackwell = settings(sm=100)
+    assert displaced_choice(blackwell, 128 * MIB) == "flashinfer + rms_norm"
+    assert displaced_choice(blackwell, 128 * MIB + 16) == "nccl + rms_norm"
+    without = replace(blackwell, multicast=False)
+    assert displaced_choice(without, 4 * MIB) == "custom + rms_norm"
+
+
+def test_fused_backend_follows_version_multicast_and_choice() -> None:
+    assert fused_backend(settings(version="0.24")) == "trtllm"
+    assert fused_backend(settings(version="0.25")) == "mnnvl"
+    assert fused_backend(settings(multicast=False)) == "trtllm"
+    assert fused_backend(settings(flashinfer_backend="trtllm")) == "trtllm"
+
+
+def test_custom_limit_and_symmetric_memory_gates() -> None:
+    assert custom_limit(settings()) == 256 * KIB
+    assert custom_limit(settings(dtype="float16")) == 256 * KIB  # its table ignores the dtype
+    assert custom_limit(settings(world_size=3)) == 0
+    assert symm_mem_active(settings())
+    assert not symm_mem_active(settings(world_size=3))
+
+
+@pytest.mark.parametrize(
+    ("changes", "cap", "lowered"),
+    [
+        ({}, 262144, True),
+        ({"version": "0.22"}, 262144, True),
+        ({"multicast": False}, 524288, False),
+        ({"symm_mem": False}, 524288, False),
+        ({"dtype": "float16"}, 524288, False),
+        ({"nccl_symm_mem": True}, 131072, True),
+        ({"nccl_symm_mem": True, "multicast": False}, 131072, True),
+        ({"nccl_symm_mem": True, "world_size": 4}, 524288, True),
+        ({"world_size": 4}, 2 * MIB, False),  # multimem starts at 8 MiB there, above the cap
+        ({"world_size": 2}, 64 * MIB, False),  # no multimem at two ranks
+        ({"sm": 100}, 1 * MIB, False),  # takes over exactly at the cap
+        ({"sm": 80}, None, False),
+    ],
+)
+def test_the_rule(changes: dict[str, Any], cap: int | None, lowered: bool) -> None:
+    rule = rule_cap(settings(**changes))
+    assert (rule.cap_bytes, rule.lowered) == (cap, lowered)
+    assert rule.why
+
+
+@pytest.mark.parametrize(
+    ("version", "read_in"),
+    [
+        ("0.33", "0.33.0"),
+        ("0.33.0", "0.33.0"),
+        ("v0.22.0", "0.22.1"),
+        ("0.22.1+cu129", "0.22.1"),
+        ("0.33.1rc1", "0.33.0"),
+        ("0.33.0.dev12", "0.33.0"),
+    ],
+)
+def test_versions_resolve_by_their_first_two_numbers(version: str, read_in: str) -> None:
+    assert tables_of(version).read_in == read_in
+
+
+@pytest.mark.parametrize("version", ["0.34", "0.3", "1.0.0", "", "latest", "0.1.dev1916"])
+def test_unknown_versions_name_the_known_ones(version: str) -> None:
+    with pytest.raises(InputError, match=r"0\.20.*0\.33"):
+        settings(version=version)
+
+
+def test_unknown_version_suggests_the_nearest() -> None:
+    with pytest.raises(InputError, match=r"nearest known one is 0\.3\d"):
+        tables_of("0.34.0")
+
+
+@pytest.mark.parametrize("changes", [{"world_size": 0}, {"sm": 9}])
+def test_settings_out_of_range(changes: dict[str, int]) -> None:
+    with pytest.raises(InputError, match="out of range"):
+        settings(**changes)
+
+
+@pytest.mark.parametrize("cap", [262144, 131072, 524288, 64 * MIB, 400_000, 1, 18 * 14336])
+def test_the_field_is_exact_after_vllm_has_read_it(cap: int) -> None:
+    assert int(float(repr(field_mb(cap))) * 1024 * 1024) == cap
+
+
+def test_flag_and_the_variable_beside_it() -> None:
+    assert vllm_flag(parse_size("256K")) == (
+        '--compilation-config \'{"pass_config": {"fi_allreduce_fusion_max_size_mb": 0.25}}\''
+    )
+    assert vllm_environment(settings(), 262144) == "VLLM_ALLREDUCE_USE_FLASHINFER=0"
+    assert vllm_environment(settings(), 524288) is None
+    assert vllm_environment(settings(version="0.28"), 262144) is None
