@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 
     from fusewise.backends.base import Backend
 
-_HOMES = {
+# Per kind of device: id → file and class. The first of each is the baseline: torch's own choice.
+_CUDA = {
     "nccl": "torch_dist:Nccl",
-    "gloo": "torch_dist:Gloo",
     "nccl_symm": "nccl_symm:NcclSymm",
     "symm_mem.one_shot": "symm_mem:OneShot",
     "symm_mem.two_shot": "symm_mem:TwoShot",
@@ -26,12 +26,13 @@ _HOMES = {
     "flashinfer.two_shot": "flashinfer:TwoShot",
     "native.one_shot": "native:OneShot",
     "native.two_shot": "native:TwoShot",
-    "shm.one_shot": "shm:OneShot",
 }
+_CPU = {"gloo": "torch_dist:Gloo", "shm.one_shot": "shm:OneShot"}
+_HOMES = _CUDA | _CPU
 
 
 def all_ids() -> list[str]:
-    """Every backend id, the baselines first."""
+    """Every backend id."""
     return list(_HOMES)
 
 
@@ -67,9 +68,14 @@ def select(names: Iterable[str]) -> set[str]:
     return chosen
 
 
+def ids_for(device_type: str) -> list[str]:
+    """Ids of the backends made for that kind of device, the baseline first."""
+    return list(_CUDA if device_type == "cuda" else _CPU)
+
+
 def baseline_id(device_type: str) -> str:
     """What torch itself would run: ``nccl`` on GPUs, ``gloo`` on CPUs."""
-    return "nccl" if device_type == "cuda" else "gloo"
+    return ids_for(device_type)[0]
 
 
 def backend_of(path: str) -> str:
