@@ -180,12 +180,16 @@ class Communicator:
     def capture(self) -> Iterator[None]:
         """Around a CUDA graph capture: afterwards backends register the graph's buffers.
 
-        Collective at exit. Replays of a graph captured outside of it are refused by those
-        backends that read peers' buffers in place.
+        Collective at exit, also when the capture failed. A graph captured outside of it is right
+        too; backends that would read peers' tensors in place then copy into their own buffer.
         """
-        yield
         for backend in self._backends.values():
-            backend.capture_end()
+            backend.capture_begin()
+        try:
+            yield
+        finally:
+            for backend in self._backends.values():
+                backend.capture_end()
 
     def _route(self, op: Op, rows: Tensor, bare: bool, biased: bool) -> Backend:
         key = (op, rows.shape, rows.dtype, bare, biased)

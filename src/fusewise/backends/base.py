@@ -44,7 +44,7 @@ class Backend(ABC):
     numerics: ClassVar[Numerics]
     plain: ClassVar[bool] = True  # offers all_reduce
     takes_no_residual: ClassVar[bool] = True
-    takes_weight_bias: ClassVar[bool] = True
+    takes_weight_bias: bool = True  # an instance may know better once its provider is loaded
 
     def __init__(self, group: Group, max_shape: Shape) -> None:
         self.group = group
@@ -93,6 +93,9 @@ class Backend(ABC):
             Two new tensors like ``x``.
         """
         return residual_rms_norm(self.all_reduce(x), residual, weight, eps, weight_bias)
+
+    def capture_begin(self) -> None:  # noqa: B027  most have nothing to register
+        """Called on all ranks before a CUDA graph capture that ``capture_end`` will follow."""
 
     def capture_end(self) -> None:  # noqa: B027  most have nothing to register
         """Called on all ranks after a CUDA graph was captured; backends register buffers here."""

@@ -1,0 +1,52 @@
+"""Steps of a backend's construction that all ranks survive together, or none.
+
+A rank that fails alone must not leave its peers in the collective that comes next, so every local
+step ends in a vote. Knows no provider.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, TypeVar
+
+from fusewise.errors import UnavailableError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from fusewise.group import Group
+
+T = TypeVar("T")
+
+
+def together(group: Group, phase: str, step: Callable[[], T], hint: str | None = None) -> T:
+    """What ``step`` returns, once it has returned on every rank.
+
+    Args:
+        group: the ranks; all of them call this with the same phase.
+        phase: the words an error uses, such as ``"custom: allocate"``.
+        step: local work, or a collective whose own entry cannot fail on one rank only.
+        hint: what the reader can do if it fails.
+
+    Raises:
+        UnavailableError: on every rank, naming the rank that failed and its error.
+        RankTimeoutError: a rank never came back from its step.
+    """
+    result: list[T] = []
+    error: Exception | None = None
+    try:
+        result.append(step())
+    except Exception as fault:  # the provider's border: whatever it raised, the peers must hear it
+        error = fault
+    failed = group.vote(phase, error)
+    if failed or not result:
+        raise UnavailableError("the backend cannot be built", got=failed, hint=hint) from error
+    return result[0]
+
+
+def not_on_one_host(nodes: int, world_size: int) -> str | None:
+    """The reason why a backend over peer memory cannot serve these ranks; None if it can."""
+    if world_size < 2:
+        return "one rank has no peer; nothing is to be reduced"
+    if nodes > 1:
+        return "ranks are on several hosts and peer memory reaches one; use nccl across hosts"
+    return None
