@@ -198,8 +198,16 @@ def _crossing(
         "below_bytes": below,
         "estimate_bytes": estimate,
         "between": f"{format_size(above)} and {format_size(below)}" if c else "as published",
-        "near": format_size(estimate),
+        "near": rounded_size(estimate),
     }
+
+
+def rounded_size(size_bytes: int) -> str:
+    """An estimate as ``4.38M``: three digits, for it is known no better."""
+    unit = next((2**power for power in (30, 20, 10) if size_bytes >= 2**power), 1)
+    value = size_bytes / unit
+    digits = f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+    return digits + {2**30: "G", 2**20: "M", 2**10: "K", 1: "B"}[unit]
 
 
 def fusion_brackets(

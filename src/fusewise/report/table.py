@@ -147,8 +147,8 @@ def printable(text: str) -> str:
     return _CONTROL.sub(lambda match: f"\\x{ord(match[0]):02x}", text)
 
 
-def _cells(section: Section) -> list[list[str]]:
-    """The shown cells, row by row."""
+def cells(section: Section) -> list[list[str]]:
+    """The shown cells of text, Markdown and HTML, row by row."""
     rows = [as_dict(record) for record in section.records]
     return [[_cell(row, column) for column in section.columns] for row in rows]
 
@@ -191,7 +191,7 @@ def _csv_cell(value: Any) -> Any:
 def _markdown(section: Section) -> str:
     rule = ["---:" if column.align == "right" else "---" for column in section.columns]
     heads = [_escape_markdown(column.head).replace("\n", "<br>") for column in section.columns]
-    rows = [[_escape_markdown(cell) for cell in row] for row in _cells(section)]
+    rows = [[_escape_markdown(cell) for cell in row] for row in cells(section)]
     lines = [f"| {' | '.join(row)} |" for row in (heads, rule, *rows)]
     if section.title:
         lines[:0] = [f"### {_escape_markdown(printable(section.title))}", ""]
@@ -212,7 +212,7 @@ def _plain(section: Section) -> str:
     heads = [column.head.split("\n") for column in columns]
     depth = max(map(len, heads), default=0)
     rows = [list(row) for row in zip(*([""] * (depth - len(h)) + h for h in heads), strict=True)]
-    rows += _cells(section)
+    rows += cells(section)
     widths = [max(len(row[i]) for row in rows) for i in range(len(columns))]
     pads: list[Callable[[str, int], str]] = [
         str.rjust if column.align == "right" else str.ljust for column in columns
@@ -256,7 +256,7 @@ def _rich_table(section: Section) -> Table:
 
     title = Text(printable(section.title), style="bold") if section.title else None
     table = Table(box=SIMPLE_HEAD, title=title, title_justify="left", pad_edge=False)
-    rows = _cells(section)
+    rows = cells(section)
     for i, column in enumerate(section.columns):
         parts = [part for text in (column.head, *(row[i] for row in rows)) for part in _parts(text)]
         table.add_column(
