@@ -55,10 +55,8 @@ def page(profile: Profile, plan: Plan, min_gain: float = MIN_GAIN) -> str:
     provenance = profile.provenance
     lead = f"{provenance.origin} {provenance.created}, {provenance.source}"
     about = identity(profile)
-    tables = [section for section in report(profile, plan, min_gain) if section.name != about.name]
-    summary = "".join(
-        f"<p class=summary>{_text(n)}</p>" for n in crossings(profile, min_gain).notes
-    )
+    tables = [table for table in report(profile, plan, min_gain) if table.name != about.name]
+    verdict = " ".join(crossings(profile, min_gain).notes)
     body = [
         f"<h1>{_text(caption(profile))}</h1>",
         f"<p class=lead>all_reduce → + residual → RMSNorm · {_text(lead)}</p>",
