@@ -1,8 +1,9 @@
 """torch's own kernels over symmetric memory: one-shot, two-shot and multimem all-reduce.
 
-All three read peers' copies of one symmetric buffer, so the message is copied into it first. That
-copy is part of the path, as it is in an engine; one-shot does it inside its kernel, the other two
-copy in, reduce in place and copy out, as vLLM does.
+All three read peers' copies of one symmetric buffer, so the message is copied into it first, and
+two-shot and multimem reduce in place and copy out, as vLLM runs them. The copies are part of the
+path. ``one_shot_all_reduce_copy`` would save one, but signals the peers from a block's first warp
+without waiting for the block's other warps to have stored their share; it is not used.
 
 Ordering (torch 2.11 and 2.13, CUDASymmetricMemoryOps.cu): each kernel ends in a barrier of all
 ranks that comes after its last access to a peer's buffer. So when it returns, no peer still reads
@@ -94,14 +95,13 @@ class _SymmMem(Backend):
 
 
 class OneShot(_SymmMem):
-    """Every rank reads all messages and sums them itself; one kernel, copy-in included."""
+    """Every rank reads all messages and sums them itself."""
 
     id = "symm_mem.one_shot"
 
     def all_reduce(self, x: Tensor) -> Tensor:
-        out: Tensor = torch.ops.symm_mem.one_shot_all_reduce_copy(
-            self._view(x), x, "sum", self.group.name
-        )
+        view = self._view(x).copy_(x)
+        out: Tensor = torch.ops.symm_mem.one_shot_all_reduce(view, "sum", self.group.name)
         return out
 
 
