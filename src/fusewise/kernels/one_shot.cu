@@ -1,0 +1,12 @@
+// The one-shot kernel. FW_* are given on the compiler's command line (build.py).
+
+#include "one_shot.cuh"
+
+using namespace fusewise;
+
+extern "C" __global__ void __launch_bounds__(FW_MAX_THREADS, FW_MIN_BLOCKS)
+    fusewise_one_shot(const __grid_constant__ OneShotParams params) {
+  __shared__ RowShared<FW_BLOCKS> shared;
+  one_shot<FW_TYPE, FW_WORLD, FW_VECTORS, FW_BLOCKS, Output::FW_OUTPUT, FW_EARLY_TRIGGER>(params,
+                                                                                         shared);
+}

@@ -1,0 +1,189 @@
+// One-shot push: every rank sends its rows to every peer, adds what it receives, and normalises.
+//
+// Per row: load, push to all peers, wait for all peers, add in rank order in fp32, add the residual,
+// normalise. A block takes rows worker, worker + workers, ... in rising order, and the host launches
+// no more blocks than fit on the device at once. So the smallest row that some rank has not
+// finished is being worked on by all ranks, all have pushed it before polling it, and it completes:
+// no order among blocks is assumed.
+//
+// The host fills OneShotParams and passes it by value; `one_shot` is the whole kernel.
+
+#ifndef FUSEWISE_ONE_SHOT_CUH
+#define FUSEWISE_ONE_SHOT_CUH
+
+#include "outputs.cuh"
+
+namespace fusewise {
+
+// Mirrored field by field in launch.py. Tensors are contiguous, 16-byte aligned, [num_tokens,
+// hidden_size] of one element type; hidden_size is a multiple of 8.
+struct OneShotParams {
+  GroupParams group;
+  OutputParams output;
+  const void* x;
+  const void* residual;  // null: none
+  const void* weight;    // [hidden_size]; unused by Output::kSum
+  void* residual_out;    // sum + residual; unused by Output::kSum
+  int num_tokens;
+  int row_vectors;  // 16-byte vectors of a row
+  int row_units;    // ceil(row_vectors / 32)
+  float inverse_hidden_size;
+  float eps;
+  float weight_bias;
+};
+
+// The test kernels put delays here; the shipped ones nothing.
+struct NoSkew {
+  FW_DEVICE static void before_push(int, int) {}
+  FW_DEVICE static void before_take(int, int) {}
+};
+
+// Writes the norm of one row. All threads of the row call it; `column[i] < 0` marks an idle vector.
+template <class Type, int kVectors, int kBlocks, Output kOutput>
+FW_DEVICE void write_norm(const OneShotParams& p, RowShared<kBlocks>& shared, int row, int turn,
+                          const int (&column)[kVectors], const Floats<Type> (&total)[kVectors],
+                          const Words (&weight)[kVectors]) {
+  float squares = 0.0f;
+  FW_UNROLL
+  for (int i = 0; i < kVectors; ++i) squares += sum_of_squares<Type>(total[i]);
+  const float sum = row_sum<kBlocks>(shared.sums[turn], squares);
+  const float scale = reciprocal_sqrt(sum * p.inverse_hidden_size + p.eps);
+  const long long start = static_cast<long long>(row) * p.row_vectors;
+  Floats<Type> norm[kVectors];
+  float largest[kVectors];
+  float row_largest = 0.0f;
+  FW_UNROLL
+  for (int i = 0; i < kVectors; ++i) {
+    const Words words = pack<Type>(normalise<Type>(total[i], scale, weight[i], p.weight_bias));
+    if (column[i] >= 0 && p.output.out != nullptr) {
+      store_words(static_cast<char*>(p.output.out) + (start + column[i]) * kVectorBytes, words);
+    }
+    if (kOutput == Output::kNorm) continue;
+    norm[i] = unpack<Type>(words);
+    largest[i] = column[i] >= 0 ? largest_of<Type>(norm[i]) : 0.0f;
+    row_largest = max_or_nan(row_largest, largest[i]);
+  }
+  if (kOutput == Output::kNorm) return;
+  float fp8_scale = 0.0f;
+  if (kOutput == Output::kStaticFp8) fp8_scale = float_of(load_word(p.output.static_scale));
+  if (kOutput == Output::kTokenFp8) {
+    fp8_scale = dynamic_scale(row_max<kBlocks>(shared.maxima[turn], row_largest));
+    if (column[0] == 0) store_word(p.output.scales + row, bits_of(fp8_scale));
+  }
+  constexpr int kLanes = kGroup / Floats<Type>::kCount;  // of one group; divides a warp
+  FW_UNROLL
+  for (int i = 0; i < kVectors; ++i) {
+    if (kOutput == Output::kGroupFp8) {
+      fp8_scale = dynamic_scale(warp_max(largest[i], kLanes));
+      if (column[i] >= 0 && column[i] % kLanes == 0) {
+        const int groups = (p.row_vectors + kLanes - 1) / kLanes;
+        const long long at = static_cast<long long>(row) * groups + column[i] / kLanes;
+        store_word(p.output.scales + at, bits_of(fp8_scale));
+      }
+    }
+    if (column[i] >= 0) {
+      store_e4m3<Type>(p.output.quantised, start + column[i], norm[i], 1.0f / fp8_scale);
+    }
+  }
+}
+
+template <class Type, int kWorld, int kVectors, int kBlocks, Output kOutput, bool kEarlyTrigger,
+          class Skew = NoSkew>
+FW_DEVICE void one_shot(const OneShotParams& p, RowShared<kBlocks>& shared) {
+  // How many vectors of all ranks are held in registers while waiting: 16 are 64 registers.
+  constexpr int kBatch = kVectors * kWorld <= 16 ? kVectors : 1;
+  const int lane = thread_index() % kWarp;
+  const int worker = block_index() / kBlocks;
+  const int workers = block_count() / kBlocks;
+  const int block = block_index() % kBlocks;
+  int column[kVectors];
+  FW_UNROLL
+  for (int i = 0; i < kVectors; ++i) {
+    const int at = (i * kBlocks + block) * thread_count() + thread_index();
+    column[i] = at < p.row_vectors ? at : -1;
+    if (column[i] < 0) continue;
+    if (kOutput != Output::kSum) prefetch(static_cast<const char*>(p.weight) + at * kVectorBytes);
+    if (worker < p.num_tokens) {
+      prefetch(p.group.epochs + static_cast<long long>(worker) * p.row_units + at / kWarp);
+    }
+  }
+  if (kBlocks > 1) cluster_barrier();  // no block writes into another before that one has started
+  dependency_wait();  // by every thread: what runs after this grid may then rely on its end alone
+
+  Words weight[kVectors] = {};
+  FW_UNROLL
+  for (int i = 0; i < kVectors; ++i) {
+    if (kOutput != Output::kSum && column[i] >= 0) {
+      weight[i] = load_words(static_cast<const char*>(p.weight) + column[i] * kVectorBytes);
+    }
+  }
+  int turn = 0;
+  for (int row = worker; row < p.num_tokens; row += workers, turn ^= 1) {
+    const long long start = static_cast<long long>(row) * p.row_vectors;
+    Words own[kVectors] = {};
+    unsigned epoch[kVectors] = {};
+    FW_UNROLL
+    for (int i = 0; i < kVectors; ++i) {
+      if (column[i] < 0) continue;
+      own[i] = load_words(static_cast<const char*>(p.x) + (start + column[i]) * kVectorBytes);
+      const long long unit = static_cast<long long>(row) * p.row_units + column[i] / kWarp;
+      epoch[i] = load_word(p.group.epochs + unit);
+    }
+    warp_barrier();  // all lanes have read the epochs that lane 0 now raises
+    Skew::before_push(p.group.rank, row);
+    char* slot[kVectors];
+    FW_UNROLL
+    for (int i = 0; i < kVectors; ++i) {
+      slot[i] = nullptr;
+      if (column[i] < 0) continue;
+      const long long unit = static_cast<long long>(row) * p.row_units + column[i] / kWarp;
+      const long long offset = slot_offset<kWorld>(p.group, epoch[i] & 1u, unit, lane);
+      slot[i] = p.group.slots[p.group.rank] + offset;
+      own[i] = canonical(own[i]);
+      push_to_peers<kWorld>(p.group, offset, own[i]);
+      if (lane == 0) store_word(p.group.epochs + unit, epoch[i] + 1);
+    }
+    if (kEarlyTrigger) dependents_launch();
+    Words residual[kVectors] = {};
+    FW_UNROLL
+    for (int i = 0; i < kVectors; ++i) {
+      if (kOutput != Output::kSum && p.residual != nullptr && column[i] >= 0) {
+        const long long at = (start + column[i]) * kVectorBytes;
+        residual[i] = load_words(static_cast<const char*>(p.residual) + at);
+      }
+    }
+    Skew::before_take(p.group.rank, row);
+    Floats<Type> total[kVectors];
+    FW_UNROLL
+    for (int first = 0; first < kVectors; first += kBatch) {
+      Words got[kBatch][kWorld - 1] = {};
+      take_from_peers<kWorld, kBatch>(p.group, slot + first, row, epoch[first] & 1u, got);
+      FW_UNROLL
+      for (int i = 0; i < kBatch; ++i) {
+        const Words mine = own[first + i];
+        total[first + i] = unpack<Type>(of_rank<kWorld>(0, p.group.rank, got[i], mine));
+        FW_UNROLL
+        for (int source = 1; source < kWorld; ++source) {
+          add<Type>(total[first + i], of_rank<kWorld>(source, p.group.rank, got[i], mine));
+        }
+      }
+    }
+    FW_UNROLL
+    for (int i = 0; i < kVectors; ++i) {
+      if (kOutput != Output::kSum && p.residual != nullptr) add<Type>(total[i], residual[i]);
+      void* sum = kOutput == Output::kSum ? p.output.out : p.residual_out;
+      if (column[i] >= 0) {
+        store_words(static_cast<char*>(sum) + (start + column[i]) * kVectorBytes,
+                    pack<Type>(total[i]));
+      }
+    }
+    if (kOutput != Output::kSum) {
+      write_norm<Type, kVectors, kBlocks, kOutput>(p, shared, row, turn, column, total, weight);
+    }
+  }
+  if (!kEarlyTrigger) dependents_launch();
+}
+
+}  // namespace fusewise
+
+#endif  // FUSEWISE_ONE_SHOT_CUH

@@ -1,0 +1,205 @@
+// Every PTX instruction and every CUDA built-in that the kernels use, behind one name each.
+//
+// The other .cuh files are plain C++17. A program that defines FUSEWISE_PRIMITIVES_CUH and the same
+// names first can run them on a CPU, one thread of control per CUDA thread.
+//
+// Memory. `push_*` and `peek_*` are relaxed accesses of system scope: they reach a peer's memory
+// through NVLink, are never served from L1, and order nothing else. A 16-byte access counts as four
+// separate 4-byte accesses in the PTX memory model (vector accesses have no order among their
+// elements), so a reader must check all four words. `load_*` and `store_*` are weak accesses of this
+// rank's own memory.
+
+#ifndef FUSEWISE_PRIMITIVES_CUH
+#define FUSEWISE_PRIMITIVES_CUH
+
+#define FW_DEVICE __device__ __forceinline__
+#define FW_UNROLL _Pragma("unroll")
+
+namespace fusewise {
+
+struct alignas(16) Words {
+  unsigned word[4];
+};
+
+// --- where this thread is
+
+FW_DEVICE int thread_index() { return static_cast<int>(threadIdx.x); }
+FW_DEVICE int thread_count() { return static_cast<int>(blockDim.x); }
+FW_DEVICE int block_index() { return static_cast<int>(blockIdx.x); }
+FW_DEVICE int block_count() { return static_cast<int>(gridDim.x); }
+
+// --- this rank's memory
+
+FW_DEVICE Words load_words(const void* at) {
+  Words v;
+  asm volatile("ld.global.v4.b32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.word[0]), "=r"(v.word[1]), "=r"(v.word[2]), "=r"(v.word[3])
+               : "l"(at)
+               : "memory");
+  return v;
+}
+
+FW_DEVICE void store_words(void* at, Words v) {
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(at), "r"(v.word[0]),
+               "r"(v.word[1]), "r"(v.word[2]), "r"(v.word[3])
+               : "memory");
+}
+
+FW_DEVICE void store_word(void* at, unsigned word) {
+  asm volatile("st.global.b32 [%0], %1;" ::"l"(at), "r"(word) : "memory");
+}
+
+FW_DEVICE void store_two_words(void* at, unsigned low, unsigned high) {
+  asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(at), "r"(low), "r"(high) : "memory");
+}
+
+FW_DEVICE unsigned load_word(const void* at) {
+  unsigned word;
+  asm volatile("ld.global.b32 %0, [%1];" : "=r"(word) : "l"(at) : "memory");
+  return word;
+}
+
+// A hint. It changes no value anybody can observe, so it may come before dependency_wait().
+FW_DEVICE void prefetch(const void* at) { asm volatile("prefetch.global.L2 [%0];" ::"l"(at)); }
+
+// --- memory shared between ranks
+
+FW_DEVICE Words peek_words(const void* at) {
+  Words v;
+  asm volatile("ld.relaxed.sys.global.v4.b32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.word[0]), "=r"(v.word[1]), "=r"(v.word[2]), "=r"(v.word[3])
+               : "l"(at)
+               : "memory");
+  return v;
+}
+
+FW_DEVICE void push_words(void* at, Words v) {
+  asm volatile("st.relaxed.sys.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(at), "r"(v.word[0]),
+               "r"(v.word[1]), "r"(v.word[2]), "r"(v.word[3])
+               : "memory");
+}
+
+FW_DEVICE unsigned peek_word(const void* at) {
+  unsigned word;
+  asm volatile("ld.relaxed.sys.global.b32 %0, [%1];" : "=r"(word) : "l"(at) : "memory");
+  return word;
+}
+
+FW_DEVICE void push_word(void* at, unsigned word) {
+  asm volatile("st.relaxed.sys.global.b32 [%0], %1;" ::"l"(at), "r"(word) : "memory");
+}
+
+FW_DEVICE void fence_system() { asm volatile("fence.acq_rel.sys;" ::: "memory"); }
+
+// True for the one caller, of all that ever call with this word, that finds it 0.
+FW_DEVICE bool claim(unsigned* word) { return atomicCAS(word, 0u, 1u) == 0u; }
+
+// --- threads of one block, blocks of one cluster
+
+FW_DEVICE float shuffle_xor(float value, int mask) {
+  return __shfl_xor_sync(0xffffffffu, value, mask);
+}
+
+FW_DEVICE void warp_barrier() { __syncwarp(); }
+
+FW_DEVICE void block_barrier() { __syncthreads(); }
+
+#if __CUDA_ARCH__ >= 900
+FW_DEVICE int cluster_rank() {
+  unsigned rank;
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return static_cast<int>(rank);
+}
+
+// Shared-memory stores of all threads of the cluster before it are visible to all after it.
+FW_DEVICE void cluster_barrier() {
+  asm volatile("barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::
+                   : "memory");
+}
+
+// Writes this block's shared variable `at` in the cluster's block number `block`.
+FW_DEVICE void store_in_cluster(float* at, int block, float value) {
+  unsigned here = static_cast<unsigned>(__cvta_generic_to_shared(at));
+  unsigned there;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(here), "r"(block));
+  asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(there), "f"(value) : "memory");
+}
+#else  // blocks of one row never form a cluster below sm_90
+FW_DEVICE int cluster_rank() { return 0; }
+FW_DEVICE void cluster_barrier() { __syncthreads(); }
+FW_DEVICE void store_in_cluster(float* at, int, float value) { *at = value; }
+#endif
+
+// --- the kernel before and the kernel after (programmatic dependent launch; sm_90 and later)
+
+// After it, everything the previous kernel of the stream wrote is visible. Without the launch
+// attribute it returns at once.
+FW_DEVICE void dependency_wait() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// Lets the next kernel's blocks be placed once every block of this grid has said so or ended.
+FW_DEVICE void dependents_launch() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+// --- time
+
+FW_DEVICE unsigned long long clock_ns() {
+  unsigned long long now;
+  asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(now)::"memory");
+  return now;
+}
+
+FW_DEVICE void pause_ns(unsigned nanoseconds) { __nanosleep(nanoseconds); }
+
+// --- numbers
+
+FW_DEVICE unsigned bits_of(float value) { return __float_as_uint(value); }
+FW_DEVICE float float_of(unsigned bits) { return __uint_as_float(bits); }
+FW_DEVICE float reciprocal_sqrt(float value) { return rsqrtf(value); }
+FW_DEVICE float absolute(float value) { return fabsf(value); }
+
+// The larger; NaN if either is NaN.
+FW_DEVICE float max_or_nan(float a, float b) {
+  float larger;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(larger) : "f"(a), "f"(b));
+  return larger;
+}
+
+FW_DEVICE float half_to_float(unsigned half) {
+  float value;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(static_cast<unsigned short>(half)));
+  return value;
+}
+
+// Two numbers rounded to nearest even, `low` in the low half of the word.
+FW_DEVICE unsigned to_half_pair(float low, float high) {
+  unsigned pair;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
+}
+
+FW_DEVICE unsigned to_bfloat_pair(float low, float high) {
+  unsigned pair;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
+}
+
+// Two numbers as FP8 e4m3, to nearest even, beyond +-448 (infinities too) to +-448, NaN to NaN;
+// `low` in the low byte. sm_89 and later.
+FW_DEVICE unsigned to_e4m3_pair(float low, float high) {
+  unsigned short pair = 0;
+#if __CUDA_ARCH__ >= 890
+  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(pair) : "f"(high), "f"(low));
+#endif
+  return pair;
+}
+
+}  // namespace fusewise
+
+#endif  // FUSEWISE_PRIMITIVES_CUH
