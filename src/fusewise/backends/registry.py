@@ -1,4 +1,7 @@
-"""Every backend by its id. The provider files are imported only when one of theirs is asked for."""
+"""Every backend by its id. A provider's file is imported only when one of its own is asked for.
+
+Imports no torch by itself, so that names can be checked before any rank starts.
+"""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from fusewise.errors import FusewiseError, RankError, UnavailableError
 from fusewise.launch import Failure, run_attempt
 from fusewise.node import probe
-from fusewise.profile import Profile, parse_profile
+from fusewise.profile import Profile, Sample, parse_profile
 from fusewise.tuning.settings import Settings
 
 if TYPE_CHECKING:
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
 Listener = Callable[[dict[str, Any]], None]
 
-_JOB = "fusewise.tuning.job:tune_rank"
 # A signal from outside (the user, the out-of-memory killer, a scheduler) is no provider's fault.
 _FROM_OUTSIDE = ("SIGKILL", "SIGTERM", "SIGINT", "SIGHUP")
 _SLACK_S = 900.0  # starting ranks and building kernels, beyond the measuring budget
@@ -35,17 +34,31 @@ def tune_team(team: Team, settings: Settings, listen: Listener) -> Profile | Non
     Raises:
         RankError: ranks failed for a reason that is no provider's.
     """
+    document = _until_done(team, "fusewise.tuning.job:tune_rank", settings, listen)
+    return parse_profile(document, "the measured profile") if team.leads else None
+
+
+def bench_team(team: Team, settings: Settings, listen: Listener) -> list[tuple[Sample, int]] | None:
+    """Every path at every size with its wrong elements; None where this process does not lead.
+
+    Raises:
+        RankError: ranks failed for a reason that is no provider's.
+    """
+    rows = _until_done(team, "fusewise.tuning.bench:bench_rank", settings, listen)
+    return [(Sample(**sample), wrong) for sample, wrong in rows] if team.leads else None
+
+
+def _until_done(team: Team, job: str, settings: Settings, listen: Listener) -> Any:
+    """Rank 0's result (None where another process has it) of the attempt that came through."""
     excluded: dict[str, str] = {}
     while True:
         request = {"settings": asdict(settings), "excluded": excluded}
         outcome = run_attempt(
-            team, _JOB, request, lambda rank, event: _forward(rank, event, listen),
+            team, job, request, lambda rank, event: _forward(rank, event, listen),
             settings.timeout_s,
         )  # fmt: skip
         if outcome.failure is None:
-            if not team.leads:
-                return None
-            return parse_profile(outcome.results[0], "the measured profile")
+            return outcome.results.get(0)
         culprit = _culprit(outcome.failure)
         excluded[culprit] = str(outcome.failure)
         listen({"kind": "excluded", "backend": culprit, "reason": str(outcome.failure)})

@@ -1,0 +1,155 @@
+"""What several commands share: option types, parsing, the error border, writing to stdout."""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import typer
+
+from fusewise import store
+from fusewise.errors import FusewiseError, InputError, ProfileError
+from fusewise.node import Fingerprint, gpu_count, probe
+from fusewise.report.table import Format, Section, render_sections
+from fusewise.shape import DType, parse_dtype
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+
+FormatOption = Annotated[
+    Format, typer.Option("--format", "-f", help="Form of the data on stdout.", show_default=True)
+]
+ProfileOption = Annotated[
+    str | None,
+    typer.Option(
+        "--profile", "-p", help="A profile's file, or a packaged one's name (nvidia-h200-tp8)."
+    ),
+]
+DTypeOption = Annotated[str, typer.Option("--dtype", "-d", help="bf16, fp16 or fp32.")]
+HiddenOption = Annotated[
+    str | None, typer.Option("--hidden", help="Hidden sizes, such as 2048,4096,7168.")
+]
+TpOption = Annotated[
+    int | None,
+    typer.Option("--tp", help="Ranks of one group. Default: one per GPU, or 2 on CPUs."),
+]
+WithoutOption = Annotated[
+    list[str] | None,
+    typer.Option("--without", help="Leave out a backend or a provider; may be repeated."),
+]
+
+
+def bordered(command: Command) -> Command:
+    """Turns our errors into one line on stderr and an exit code; nothing else is caught."""
+
+    @functools.wraps(command)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return command(*args, **kwargs)
+        except FusewiseError as error:
+            typer.echo(f"fusewise: error: {error}", err=True)
+            raise typer.Exit(error.exit_code) from None
+        except KeyboardInterrupt:
+            typer.echo("fusewise: interrupted; nothing was written", err=True)
+            raise typer.Exit(INTERRUPTED) from None
+        except BrokenPipeError:
+            # The reader went away (`| head`): what is still buffered must not raise at exit.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit(0) from None
+
+    return run  # type: ignore[return-value]
+
+
+def write(sections: Sequence[Section], fmt: Format) -> None:
+    """Data to stdout, flushed, so that a closed pipe is noticed here."""
+    text = render_sections(sections, fmt)
+    sys.stdout.write(text if text.endswith("\n") else text + "\n")
+    sys.stdout.flush()
+
+
+def integers(text: str | None, default: Sequence[int]) -> tuple[int, ...]:
+    """``"2048,4096"`` → ``(2048, 4096)``.
+
+    Raises:
+        InputError: something between the commas is no positive whole number.
+    """
+    if text is None:
+        return tuple(default)
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise InputError("not a list of sizes", expected="numbers such as 2048,4096", got=text)
+    return tuple(int(part) for part in parts)
+
+
+def seconds(text: str) -> float:
+    """``"90s"``, ``"1.5m"``, ``"2h"`` or plain seconds.
+
+    Raises:
+        InputError: not a duration.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(s|m|min|h)?", text.strip())
+    if match is None:
+        raise InputError("not a duration", expected="a form such as 90s or 2m", got=repr(text))
+    return float(match[1]) * {"m": 60, "min": 60, "h": 3600}.get(match[2] or "s", 1)
+
+
+def words(items: Sequence[str] | None) -> tuple[str, ...]:
+    """``["a,b", "c"]`` → ``("a", "b", "c")``: repeated options and commas mean the same."""
+    return tuple(w.strip() for item in items or () for w in item.split(",") if w.strip())
+
+
+def this_node(tp: int | None) -> Fingerprint:
+    """The fingerprint of a group of ``tp`` ranks on this host."""
+    gpus = gpu_count()
+    return probe(tp or (gpus if gpus > 1 else 2), device_type=None if gpus else "cpu")
+
+
+def resolve(profile: str | None, dtype: str, tp: int | None) -> store.Resolution:
+    """The profile to read: the one named, whatever node it is from, else this node's own.
+
+    Raises:
+        ProfileError: the named profile is missing or malformed.
+    """
+    if profile is not None:
+        return store.Resolution(store.load(profile), "flag", profile)
+    named = os.environ.get("FUSEWISE_PROFILE")
+    if named:
+        return store.Resolution(store.load(named), "environment", named)
+    return store.find_profile(this_node(tp), parse_dtype(dtype))
+
+
+def resolve_or_fail(profile: str | None, dtype: str, tp: int | None) -> store.Resolution:
+    """Like ``resolve``; an error where no profile applies."""
+    found = resolve(profile, dtype, tp)
+    tell(found.notes)
+    if found.profile is None:
+        raise ProfileError(
+            found.where,
+            hint=f"Run `fusewise tune`, or pass --profile ({', '.join(store.packaged_names())}).",
+        )
+    return found
+
+
+def tell(notes: Sequence[str]) -> None:
+    """Notes to stderr."""
+    for note in notes:
+        typer.echo(f"fusewise: {note}", err=True)
+
+
+def write_picture(profile: Any, plan: Any, file: Path) -> None:
+    """The profile's picture; matplotlib is imported only here."""
+    from fusewise.report.plot import save
+
+    save(profile, plan, file)
+    typer.echo(f"fusewise: wrote {file}", err=True)
+
+
+def dtypes(text: str) -> tuple[DType, ...]:
+    """``"bf16,fp16"`` → dtypes, each once."""
+    return tuple(dict.fromkeys(parse_dtype(part) for part in text.split(",")))
