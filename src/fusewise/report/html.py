@@ -12,9 +12,10 @@ from html import escape
 from fusewise.bands import Plan
 from fusewise.plan import MIN_GAIN
 from fusewise.profile import Profile
+from fusewise.report.crossings import crossings
 from fusewise.report.plot import caption, picture
-from fusewise.report.records import crossings, identity, report
-from fusewise.report.table import Column, Section, cells, printable
+from fusewise.report.records import identity, report
+from fusewise.report.table import UNBROKEN_CHARS, Column, Section, cells, printable
 
 _STYLE = """
 :root { color-scheme: light; --ink: #1d2530; --soft: #5b6675; --line: #e2e6eb; }
@@ -30,7 +31,8 @@ table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size
 th, td { padding: .28rem .7rem; text-align: left; vertical-align: top;
   border-bottom: 1px solid var(--line); }
 th { vertical-align: bottom; color: var(--soft); font-weight: 600; }
-td.right, th.right { text-align: right; white-space: nowrap; }
+td { white-space: nowrap; } td.long { white-space: normal; min-width: 18rem; }
+td.right, th.right { text-align: right; }
 tbody tr:hover { background: #f7f8fa; }
 .chosen { font-weight: 700; background: #e9f3ec; }
 .fuse { color: #11602c; font-weight: 600; } .do-not-fuse { color: #9a3412; font-weight: 600; }
@@ -95,6 +97,8 @@ def _cell(cell: str, column: Column) -> str:
         return f'<td class="right chosen">{_text(cell)}</td>'
     if cell in ("fuse", "do not fuse", "inconclusive"):
         return f'<td class="{cell.replace(" ", "-")}">{cell}</td>'
+    if len(cell) > UNBROKEN_CHARS:
+        return f'<td class="long">{_text(cell)}</td>'
     return f"<td{_side(column)}>{_text(cell)}</td>"
 
 

@@ -18,9 +18,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from fusewise.bands import Plan, Table
 from fusewise.errors import InputError
 from fusewise.intervals import Interval, median, median_interval
-from fusewise.plan import Crossover, crossovers, decide_points
 from fusewise.profile import UNFUSED_SUFFIX, Profile, Sample
-from fusewise.report.records import FUSABLE, rounded_size
+from fusewise.report.crossings import FUSABLE, rounded_size
 from fusewise.report.table import printable
 from fusewise.shape import Shape, format_size
 
@@ -127,7 +126,6 @@ def figure(profile: Profile, plan: Plan) -> Figure:
         raise InputError("nothing to draw", expected=f"samples of {FUSABLE}", got="none")
     order = [path.name for path in profile.paths]
     columns = {hidden_size: _Column(rows, order) for hidden_size, rows in points.items()}
-    changes = crossovers(decide_points(profile, FUSABLE))
     across = min(len(columns), MAX_ACROSS)
     down = math.ceil(len(columns) / across)
     fig = Figure(figsize=(PANEL_INCHES[across] * across, 4.4 * down + 1), layout="constrained")
@@ -144,7 +142,7 @@ def figure(profile: Profile, plan: Plan) -> Figure:
         _lines(upper, lower, column, table)
         if table is not None:
             _strip(lower, table, column, PANEL_INCHES[across])
-        _mark_changes(upper, lower, [c for c in changes if c.hidden_size == hidden_size])
+            _mark_changes(upper, lower, table, column)
     for spare in panels[len(columns) :]:
         for ax in spare:
             ax.remove()
@@ -248,24 +246,30 @@ def _ink(color: str) -> str:
     return "#000000" if 0.299 * red + 0.587 * green + 0.114 * blue > 130 else "#ffffff"
 
 
-def _mark_changes(upper: Axes, lower: Axes, changes: Sequence[Crossover]) -> None:
-    """A line through both rows at each crossover, its size at the foot of the upper one."""
+def _mark_changes(upper: Axes, lower: Axes, table: Table, column: _Column) -> None:
+    """A line through both rows where the plan changes path, its size at the foot of the upper one.
+
+    Shaded: from the last measured size before it to the first one at or above it.
+    """
     left, right = (math.log2(limit) for limit in upper.get_xlim())
+    edges = [b.min_bytes for b in table.bands if 0 < b.min_bytes <= column.sizes[-1]]
     taken = [-1.0, -1.0]  # how far right each of the two lines of text is used, as a share
-    word = "crossover " if len(changes) == 1 else ""
-    for change in changes:
+    word = "crossover " if len(edges) == 1 else ""
+    for edge in edges:
+        above = max((size for size in column.sizes if size < edge), default=edge)
+        below = min(size for size in column.sizes if size >= edge)
         for ax in (upper, lower):
-            ax.axvspan(change.above_bytes, change.below_bytes, color="#000000", alpha=0.05, lw=0)
-            ax.axvline(change.estimate_bytes, color="#222222", linewidth=0.9, linestyle=":")
-        place = (math.log2(change.estimate_bytes) - left) / (right - left)
+            ax.axvspan(above, below, color="#000000", alpha=0.05, lw=0)
+            ax.axvline(edge, color="#222222", linewidth=0.9, linestyle=":")
+        place = (math.log2(edge) - left) / (right - left)
         flipped = place > 0.8 or (word and place > 0.5)
-        label = word + rounded_size(change.estimate_bytes)
+        label = word + rounded_size(edge)
         start = place - LABEL_SHARE if flipped else place
         free = [line for line, used in enumerate(taken) if used <= start]
         if not free:  # three changes within a tenth of the axis: the line alone must do
             continue
         taken[free[0]] = start + LABEL_SHARE
-        upper.annotate(label, (change.estimate_bytes, 0.03 + 0.075 * free[0]),
+        upper.annotate(label, (edge, 0.03 + 0.075 * free[0]),
                        xycoords=upper.get_xaxis_transform(), fontsize=8.5, fontweight="bold",
                        xytext=(-4 if flipped else 4, 0), textcoords="offset points",
                        ha="right" if flipped else "left", color="#222222")  # fmt: skip

@@ -6,26 +6,15 @@ here decides: decisions come from ``fusewise.plan`` and are only written down.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from fusewise.bands import Plan
 from fusewise.intervals import CONFIDENCE
-from fusewise.plan import (
-    MIN_GAIN,
-    Crossover,
-    Point,
-    constant_in_bytes,
-    crossovers,
-    decide_points,
-)
+from fusewise.plan import MIN_GAIN, Point, decide_points
 from fusewise.profile import Profile
+from fusewise.report.crossings import FUSABLE, OPS, crossings, rounded_size
 from fusewise.report.table import Column, Section
 from fusewise.shape import Op, format_size
-
-FUSABLE: Op = "all_reduce_rms_norm"
-OPS: tuple[Op, ...] = (FUSABLE, "all_reduce")
-NO_LIMIT = 2**62  # above every size a profile can hold
 
 Record = dict[str, Any]
 
@@ -89,7 +78,8 @@ def measurements(profile: Profile, op: Op = FUSABLE, min_gain: float = MIN_GAIN)
             "fusing saves = best unfused − best fused; interval: "
             + (f"{CONFIDENCE:.0%} of paired rounds." if _paired(profile) else "none was published.")
         )
-    return Section(f"measurements_{op}", columns, records, op, tuple(notes) if records else ())
+    title = f"Measurements: {op}"
+    return Section(f"measurements_{op}", columns, records, title, tuple(notes) if records else ())
 
 
 _GAIN_COLUMNS = (
@@ -136,8 +126,8 @@ def bands(plan: Plan) -> Section:
             "hidden_size": table.hidden_size,
             "min_bytes": band.min_bytes,
             "end_bytes": band.end_bytes,
-            "from": format_size(band.min_bytes) if band.min_bytes else "0",
-            "to": format_size(band.end_bytes) if band.end_bytes is not None else "…",
+            "from": rounded_size(band.min_bytes),
+            "to": rounded_size(band.end_bytes) if band.end_bytes is not None else "…",
             "path": band.path,
             "verdict": band.verdict if table.op == FUSABLE else None,
             "origin": band.origin,
@@ -156,101 +146,6 @@ def bands(plan: Plan) -> Section:
     )
     note = f"Where nothing was decided: {plan.baseline}. Source: {plan.source}"
     return Section("bands", columns, records, "Decision", (note,))
-
-
-def crossings(profile: Profile, min_gain: float = MIN_GAIN) -> Section:
-    """Where the winner changes, and in a note whether that is constant in bytes.
-
-    ``above_bytes`` and ``below_bytes`` are the measured sizes on both sides, ``estimate_bytes``
-    the interpolated place between them; a published crossover has all three equal.
-    """
-    decided = {op: decide_points(profile, op, min_gain) for op in OPS}
-    found = [(op, crossing) for op in OPS for crossing in crossovers(decided[op])]
-    records = [
-        _crossing(op, c.hidden_size, c.above_bytes, c.below_bytes, c.estimate_bytes, c)
-        for op, c in found
-    ]
-    records += [
-        _crossing(FUSABLE, c.hidden_size, c.message_bytes, c.message_bytes, c.message_bytes)
-        for c in profile.crossovers
-    ]
-    columns = (
-        Column("op", "op"),
-        Column("hidden_size", "hidden", align="right"),
-        Column("before", "up to it"),
-        Column("after", "above it"),
-        Column("between", "between"),
-        Column("near", "near", align="right"),
-    )
-    note = constancy(fusion_brackets(profile, decided[FUSABLE]))
-    return Section("crossovers", columns, records, "Crossovers", (note,))
-
-
-def _crossing(
-    op: Op, hidden_size: int, above: int, below: int, estimate: int, c: Crossover | None = None
-) -> Record:
-    return {
-        "op": op,
-        "hidden_size": hidden_size,
-        "before": c.before if c else None,
-        "after": c.after if c else None,
-        "above_bytes": above,
-        "below_bytes": below,
-        "estimate_bytes": estimate,
-        "between": f"{format_size(above)} and {format_size(below)}" if c else "as published",
-        "near": rounded_size(estimate),
-    }
-
-
-def rounded_size(size_bytes: int) -> str:
-    """An estimate as ``4.38M``: three digits, for it is known no better."""
-    unit = next((2**power for power in (30, 20, 10) if size_bytes >= 2**power), 1)
-    value = size_bytes / unit
-    digits = f"{value:.0f}" if value >= 100 else f"{value:.3g}"
-    return digits + {2**30: "G", 2**20: "M", 2**10: "K", 1: "B"}[unit]
-
-
-def fusion_brackets(
-    profile: Profile, points: Mapping[int, list[Point]]
-) -> dict[int, tuple[int, int]]:
-    """hidden_size → the sizes between which fusing stops to win, for the last such change.
-
-    A hidden size whose largest measured message is still fused has its change above that size, up
-    to ``NO_LIMIT``; one that never fuses has none. A published crossover is its own bracket.
-    """
-    fused = {path.name for path in profile.paths if path.fused}
-    brackets = {c.hidden_size: (c.message_bytes, c.message_bytes) for c in profile.crossovers}
-    for crossing in crossovers(points):
-        if crossing.before in fused and crossing.after not in fused:
-            brackets[crossing.hidden_size] = (crossing.above_bytes, crossing.below_bytes)
-    for hidden_size, column in points.items():
-        if column[-1].chosen in fused:
-            brackets[hidden_size] = (column[-1].shape.message_bytes, NO_LIMIT)
-    return brackets
-
-
-def constancy(brackets: Mapping[int, tuple[int, int]]) -> str:
-    """The sentence on whether one size in bytes ends the fusion at every hidden size."""
-    if all(high == NO_LIMIT for _, high in brackets.values()):
-        return "No measured size at which fusing stops to win."
-    places = "; ".join(
-        f"{_place(low, high)} at hidden {hidden_size}"
-        for hidden_size, (low, high) in sorted(brackets.items())
-    )
-    verdict = constant_in_bytes(brackets)
-    if verdict is None:
-        return (
-            f"Fusing stops to win {places}. Constant in bytes: unknown: one hidden size measured."
-        )
-    return f"Fusing stops to win {places}. Constant in bytes: {'possible' if verdict else 'no'}."
-
-
-def _place(low: int, high: int) -> str:
-    if high == NO_LIMIT:
-        return f"above {format_size(low)}"
-    if low == high:
-        return f"at {format_size(low)}"
-    return f"between {format_size(low)} and {format_size(high)}"
 
 
 def paths(profile: Profile) -> Section:
