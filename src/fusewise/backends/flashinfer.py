@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from fusewise.node import Fingerprint
     from fusewise.shape import Shape
 
+_CUDA_HOME = "/usr/local/cuda"  # where the toolkit lies when nothing says otherwise
 _MIN_VERSION = (0, 6, 11)  # create_allreduce_fusion_workspace takes a process group from here on
 _WORLD_SIZES = (2, 4, 8, 16)  # allreduce_fusion_op
 _VECTOR_BYTES = 16  # kBytesPerAccess
@@ -85,7 +86,7 @@ def _version(text: str) -> tuple[int, ...]:
 def _has_nvcc() -> bool:
     if os.environ.get("FLASHINFER_NVCC") or shutil.which("nvcc"):
         return True
-    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), _CUDA_HOME]
     return any(home and Path(home, "bin", "nvcc").exists() for home in homes)
 
 

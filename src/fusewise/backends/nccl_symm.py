@@ -1,10 +1,9 @@
 """NCCL's all-reduce on a buffer registered as a symmetric window (NCCL 2.27 and later).
 
-torch exposes the windows through ``ProcessGroupNCCL.register_mem_pool(pool, symm=True)`` (in 2.11
-and 2.13 alike); NCCL then picks its symmetric kernels by itself. The pool is filled before it is
-registered: later torch versions no longer register what is allocated afterwards. The message is
-copied into the buffer and the sum out of it, as an engine does that cannot allocate every
-activation there.
+torch exposes the windows through ``ProcessGroupNCCL.register_mem_pool(pool, symm=True)``, probed
+and not assumed; NCCL then picks its symmetric kernels by itself. The pool is filled before it is
+registered: newer torch no longer registers what is allocated afterwards. The message is copied
+into the buffer and the sum out of it, as in an engine that cannot allocate every activation there.
 
 Whether NCCL uses NVLink multicast is NCCL's decision under NCCL_NVLS_ENABLE, which this file
 neither sets nor reads.

@@ -5,8 +5,8 @@ two-shot and multimem reduce in place and copy out, as vLLM runs them. The copie
 path. ``one_shot_all_reduce_copy`` would save one, but signals the peers from a block's first warp
 without waiting for the block's other warps to have stored their share; it is not used.
 
-Ordering (torch 2.11 and 2.13, CUDASymmetricMemoryOps.cu): each kernel ends in a barrier of all
-ranks that comes after its last access to a peer's buffer. So when it returns, no peer still reads
+Ordering (torch's CUDASymmetricMemoryOps.cu): each kernel ends in a barrier of all ranks that comes
+after its last access to a peer's buffer. So when it returns, no peer still reads
 or writes this rank's buffer and the next call may overwrite it, whatever its size. Calls must come
 from one stream per group: they share one set of signal pads.
 
