@@ -1,7 +1,8 @@
 """Recognises all-reduces in a graph: torch's functional ones, ours, and engines' opaque ones.
 
 Says what is reduced, under which group's name, and what stands against moving it. Whether it is
-worth moving is not asked here.
+worth moving is not asked here. In-place forms do not occur: torch functionalises them before the
+pass runs, and Inductor makes them in-place again only behind it.
 """
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from torch._ops import OpOverload
 from torch.fx import Node
 
 from fusewise.graph.nodes import argument, op_name, sole_user
@@ -52,7 +52,7 @@ def reduction_at(node: Node) -> Reduction | None:
         if _OPAQUE[name] == "engine":
             x, group = argument(node, 0, "tensor"), argument(node, 1, "group_name")
         return Reduction(x, node, (node,), _OPAQUE[name], str(group))
-    if name not in ("_c10d_functional::all_reduce", "_c10d_functional::all_reduce_"):
+    if name != "_c10d_functional::all_reduce":
         return None
     x = argument(node, 0, "input")
     reduce_op, group = argument(node, 1, "reduce_op"), str(argument(node, 2, "group_name"))
@@ -62,20 +62,5 @@ def reduction_at(node: Node) -> Reduction | None:
         wait, obstacle = node, "the reduction is not waited for exactly once"
     elif str(reduce_op).lower() != "sum":
         obstacle = f"the reduction is {str(reduce_op)!r}, not 'sum'"
-    elif name.endswith("_") and not _owns_storage(x):
-        obstacle = "it reduces in place a tensor that others can see"
     calls = (node,) if wait is node else (wait, node)
     return Reduction(x, wait, calls, "torch", group, obstacle)
-
-
-def _owns_storage(x: Node) -> bool:
-    """Whether nobody but the in-place reduction can observe the memory of ``x``."""
-    while isinstance(x.target, OpOverload) and sole_user(x) is not None:
-        views = any(result.alias_info is not None for result in x.target._schema.returns)
-        if not views and op_name(x) != "aten::_unsafe_view":
-            return True
-        source = x.args[0]
-        if not isinstance(source, Node):
-            return False
-        x = source
-    return False

@@ -86,7 +86,6 @@ class FusionPass:
             reduction = None if node._erased else reduction_at(node)
             if reduction is not None:
                 self.sites.append(self._visit(graph, reduction))
-        graph.lint()
         self.graphs += 1
         met = self.sites[before:]
         log.info("%d of %d all-reduces rewritten", sum(s.rewritten for s in met), len(met))

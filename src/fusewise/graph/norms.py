@@ -7,6 +7,8 @@ decomposition write it. A norm whose intermediates are read by anything else is 
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from torch.fx import Node
 
@@ -33,7 +35,8 @@ def find_norm(x: Node) -> Norm:
                 reason = reason or unlike
                 continue
             if found is not None:
-                return found
+                inner = found.inner if source is x else (source, *found.inner)
+                return dataclasses.replace(found, inner=inner)
     raise reason or UnlikeError("no RMSNorm follows")
 
 

@@ -34,13 +34,12 @@ def fuse(graph: Graph, found: Match, group: str) -> None:
         total = found.total or norm.out
         fused.meta["val"] = (norm.out.meta["val"], total.meta["val"])
         out = _call(graph, operator.getitem, (fused, 0), norm.out)
-        norm.out.replace_all_uses_with(out)
-        _erase_unread(graph, reversed(found.inner))
-        if found.total is not None and found.total.users:
-            kept = _call(graph, operator.getitem, (fused, 1), found.total)
-            found.total.replace_all_uses_with(kept)
-    leftover = [*reversed(found.inner), *reversed(found.views), *found.reduction.calls]
-    _erase_unread(graph, leftover)
+        kept = _call(graph, operator.getitem, (fused, 1), total)
+    norm.out.replace_all_uses_with(out)
+    if found.total is not None:
+        found.total.replace_all_uses_with(kept)
+    site = (*reversed(found.inner), *reversed(found.views), *found.reduction.calls)
+    _erase_unread(graph, (*site, kept))
 
 
 def replace_all_reduce(graph: Graph, reduction: Reduction, group: str) -> None:

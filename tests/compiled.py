@@ -1,0 +1,73 @@
+"""Helpers for tests of the graph pass: profiles with a known boundary, and a cheap compile.
+
+``graph_backend`` runs Dynamo, AOTAutograd and Inductor's decompositions as ``torch.compile`` does,
+then the pass, and runs the resulting graph node by node: no C++ compiler, so many patterns fit in
+a few seconds. Tests of Inductor itself use ``torch.compile`` proper.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from functorch.compile import make_boxed_func
+from torch._inductor.compile_fx import compile_fx
+
+from fusewise.graph.fusion_pass import FusionPass
+from fusewise.node import probe
+from fusewise.profile import PathRecord, Profile, Provenance, Sample
+from fusewise.shape import DType
+
+FUSED, UNFUSED = "shm.one_shot", "gloo + rms_norm"
+
+
+def boundary_profile(
+    last_fused: int, hidden_size: int, dtype: DType = "float32", world_size: int = 2
+) -> Profile:
+    """CPU ranks' profile in which fusing wins up to ``last_fused`` tokens and loses above.
+
+    0 for ``last_fused`` makes fusing lose everywhere.
+    """
+    times = {last_fused: (10.0, 20.0), last_fused + 1: (20.0, 10.0)}
+    samples = [
+        Sample(path=path, num_tokens=tokens, hidden_size=hidden_size, times_us=(time_us,))
+        for tokens, pair in times.items()
+        if tokens
+        for path, time_us in zip((FUSED, UNFUSED), pair, strict=True)
+    ]
+    return Profile(
+        provenance=Provenance(
+            origin="measured", source="made for a test", created="2026-01-01", fusewise="0"
+        ),
+        fingerprint=probe(world_size, device_type="cpu"),
+        dtype=dtype,
+        baseline=UNFUSED,
+        paths=(
+            PathRecord(name=FUSED, provider="shm", fused=True),
+            PathRecord(name=UNFUSED, provider="torch", fused=False),
+        ),
+        samples=tuple(samples),
+    )
+
+
+def graph_backend(fusion: FusionPass, graphs: list[torch.fx.Graph]) -> Callable[..., Any]:
+    """A ``torch.compile`` backend: the pass on the graph Inductor would get, run as it is."""
+
+    def inner(module: torch.fx.GraphModule, inputs: Any, **_: Any) -> Any:
+        module.graph.eliminate_dead_code()
+        fusion(module.graph)
+        module.recompile()
+        graphs.append(module.graph)
+        return make_boxed_func(module.forward)
+
+    def backend(module: torch.fx.GraphModule, inputs: Any) -> Any:
+        return compile_fx(module, inputs, inner_compile=inner)
+
+    return backend
+
+
+def count(graph: torch.fx.Graph, operator: str) -> int:
+    """How often an operator such as ``"fusewise::all_reduce"`` is called in a graph."""
+    targets = (n.target for n in graph.nodes if isinstance(n.target, torch._ops.OpOverload))
+    return sum(target.name().split(".")[0] == operator for target in targets)
