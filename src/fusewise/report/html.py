@@ -19,7 +19,7 @@ from fusewise.report.table import UNBROKEN_CHARS, Column, Section, cells, printa
 
 _STYLE = """
 :root { color-scheme: light; --ink: #1d2530; --soft: #5b6675; --line: #e2e6eb; }
-body { margin: 2.5rem auto; max-width: 68rem; padding: 0 1.25rem; color: var(--ink);
+body { margin: 2.5rem auto; max-width: 76rem; padding: 0 1.25rem; color: var(--ink);
   font: 15px/1.5 system-ui, "Segoe UI", "DejaVu Sans", sans-serif; }
 h1 { font-size: 1.6rem; margin: 0; } h2 { font-size: 1.1rem; margin: 2.2rem 0 .6rem; }
 .lead { color: var(--soft); margin: .2rem 0 1.6rem; }
@@ -30,7 +30,7 @@ figure { margin: 1.6rem 0; } figure svg { width: 100%; height: auto; display: bl
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .87rem; }
 th, td { padding: .28rem .7rem; text-align: left; vertical-align: top;
   border-bottom: 1px solid var(--line); }
-th { vertical-align: bottom; color: var(--soft); font-weight: 600; }
+th { vertical-align: bottom; white-space: nowrap; color: var(--soft); font-weight: 600; }
 td { white-space: nowrap; } td.long { white-space: normal; min-width: 18rem; }
 td.right, th.right { text-align: right; }
 tbody tr:hover { background: #f7f8fa; }

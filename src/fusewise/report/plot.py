@@ -272,7 +272,8 @@ def _mark_changes(upper: Axes, lower: Axes, table: Table, column: _Column) -> No
         upper.annotate(label, (edge, 0.03 + 0.075 * free[0]),
                        xycoords=upper.get_xaxis_transform(), fontsize=8.5, fontweight="bold",
                        xytext=(-4 if flipped else 4, 0), textcoords="offset points",
-                       ha="right" if flipped else "left", color="#222222")  # fmt: skip
+                       ha="right" if flipped else "left", color="#222222",
+                       bbox={"facecolor": "#ffffff", "linewidth": 0, "pad": 1})  # fmt: skip
 
 
 def _legend(fig: Figure, axes: Sequence[Axes], across: int) -> None:

@@ -1,0 +1,242 @@
+"""Records: what a profile and a plan say, written down without loss."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from fusewise.bands import default_plan
+from fusewise.node import Fingerprint
+from fusewise.plan import derive
+from fusewise.profile import (
+    Exclusion,
+    PathRecord,
+    Profile,
+    Provenance,
+    PublishedCrossover,
+    Sample,
+)
+from fusewise.report.bench import bench, bench_record, bus_factor
+from fusewise.report.crossings import NO_LIMIT, constancy, crossings, rounded_size
+from fusewise.report.records import bands, excluded, identity, measurements, paths, report
+from fusewise.report.table import render_sections
+from fusewise.shape import Shape
+
+FUSED, UNFUSED = "native.one_shot", "nccl + rms_norm"
+KIB = 1024
+
+
+def sample(path, kib, time_us, hidden_size=2048, rounds=9, op="all_reduce_rms_norm"):
+    """One path at ``kib`` KiB of bfloat16, every round alike."""
+    tokens = kib * KIB // (2 * hidden_size)
+    return Sample(
+        op=op, path=path, num_tokens=tokens, hidden_size=hidden_size, times_us=(time_us,) * rounds
+    )
+
+
+def profile(*samples, **changes):
+    fields = {
+        "provenance": Provenance(
+            origin="measured", source="a test", created="2026-01-02", fusewise="0.1.0"
+        ),
+        "fingerprint": Fingerprint(device_type="cuda", device="X", world_size=2, fabric="nv18"),
+        "dtype": "bfloat16",
+        "baseline": UNFUSED,
+        "paths": (
+            PathRecord(name=FUSED, provider="fusewise", fused=True),
+            PathRecord(name=UNFUSED, provider="torch", fused=False),
+        ),
+        "samples": samples,
+    }
+    return Profile(**(fields | changes))
+
+
+def crossing_between(low_kib, high_kib, hidden_size=2048):
+    """The fused path wins at ``low_kib`` and loses at ``high_kib``, by as much."""
+    return (
+        sample(FUSED, low_kib, 5.0, hidden_size),
+        sample(UNFUSED, low_kib, 8.0, hidden_size),
+        sample(FUSED, high_kib, 13.0, hidden_size),
+        sample(UNFUSED, high_kib, 10.0, hidden_size),
+    )
+
+
+def test_a_measurement_row_holds_every_path_and_the_decision():
+    row, other = measurements(profile(*crossing_between(64, 256))).records
+    assert row == {
+        "op": "all_reduce_rms_norm",
+        "hidden_size": 2048,
+        "num_tokens": 16,
+        "message_bytes": 64 * KIB,
+        "size": "64K",
+        "median_us[native.one_shot]": 5.0,
+        "median_us[nccl + rms_norm]": 8.0,
+        "fastest": FUSED,
+        "chosen": FUSED,
+        "gain_us": 3.0,
+        "gain_low_us": 3.0,
+        "gain_high_us": 3.0,
+        "verdict": "fuse",
+        "note": None,
+    }
+    assert (other["chosen"], other["gain_us"], other["verdict"]) == (UNFUSED, -3.0, "do not fuse")
+
+
+def test_a_tie_names_the_fastest_and_keeps_the_incumbent():
+    section = measurements(profile(sample(FUSED, 64, 9.9), sample(UNFUSED, 64, 10.0)))
+    (row,) = section.records
+    assert (row["fastest"], row["chosen"]) == (FUSED, UNFUSED)
+    assert "tie" in row["note"]
+    assert section.columns[-1].key == "note"
+    text = render_sections([section], "table", terminal=False)
+    assert "*10.00" in text
+    assert "*9.90" not in text
+
+
+def test_a_path_not_admitted_at_a_size_is_an_empty_cell():
+    section = measurements(profile(sample(UNFUSED, 64, 8.0), *crossing_between(128, 256)))
+    assert section.records[0]["median_us[native.one_shot]"] is None
+    assert section.records[0]["gain_us"] is None
+    assert section.records[0]["verdict"] == "inconclusive"
+    (document,) = json.loads(render_sections([section], "json")).values()
+    assert document["rows"] == section.records
+
+
+def test_there_is_nothing_to_fuse_in_a_plain_all_reduce():
+    section = measurements(
+        profile(
+            *crossing_between(64, 256),
+            sample("nccl", 64, 6.0, op="all_reduce"),
+            sample(FUSED, 64, 4.0, op="all_reduce"),
+        ),
+        "all_reduce",
+    )
+    (row,) = section.records
+    assert (row["gain_us"], row["verdict"]) == (None, None)
+    assert row["chosen"] == FUSED
+    assert "verdict" not in [column.key for column in section.columns]
+
+
+def test_bands_have_no_gap_and_say_where_they_come_from():
+    here = profile(*crossing_between(64, 256))
+    rows = bands(derive(here)).records
+    assert [row["path"] for row in rows] == [FUSED, UNFUSED, UNFUSED]
+    assert [row["origin"] for row in rows] == ["measured", "measured", "engine default"]
+    assert [row["end_bytes"] for row in rows[:-1]] == [row["min_bytes"] for row in rows[1:]]
+    assert (rows[0]["from"], rows[0]["to"], rows[-1]["to"]) == ("0B", "128K", "…")
+    empty = bands(default_plan("bfloat16", UNFUSED))
+    assert not empty.records
+    assert "no profile applies" in empty.notes[0]
+
+
+def test_a_crossover_comes_with_its_bracket_and_its_estimate():
+    (row,) = crossings(profile(*crossing_between(64, 256))).records
+    assert (row["before"], row["after"]) == (FUSED, UNFUSED)
+    assert (row["above_bytes"], row["below_bytes"]) == (64 * KIB, 256 * KIB)
+    assert row["estimate_bytes"] == 128 * KIB
+    assert (row["between"], row["near"]) == ("64K and 256K", "128K")
+
+
+def note_of(*samples, **changes):
+    (note,) = crossings(profile(*samples, **changes)).notes
+    return note
+
+
+def test_one_hidden_size_cannot_tell_whether_it_is_constant_in_bytes():
+    assert note_of(*crossing_between(64, 256)) == (
+        "Fusing stops winning between 64K and 256K at hidden 2048. "
+        "Constant in bytes: unknown: one hidden size measured."
+    )
+
+
+def test_brackets_that_touch_may_be_constant_and_brackets_apart_are_not():
+    touching = note_of(*crossing_between(64, 256), *crossing_between(256, 1024, 4096))
+    assert touching.endswith("Constant in bytes: possible, at 256K.")
+    overlapping = note_of(*crossing_between(64, 256), *crossing_between(128, 1024, 4096))
+    assert overlapping.endswith("Constant in bytes: possible, between 128K and 256K.")
+    apart = note_of(*crossing_between(64, 256), *crossing_between(512, 1024, 4096))
+    assert apart.endswith("Constant in bytes: no.")
+
+
+def test_fusing_that_never_ends_or_never_starts_is_said_so():
+    wins = (sample(FUSED, 64, 5.0), sample(UNFUSED, 64, 8.0))
+    loses = (sample(FUSED, 512, 8.0, 4096), sample(UNFUSED, 512, 5.0, 4096))
+    assert note_of(*wins) == "A fused path is still chosen at the largest measured size."
+    assert note_of(*loses) == "No fused path is chosen at any measured size."
+    assert note_of(*wins, *loses) == (
+        "Fusing stops winning above 64K at hidden 2048; below 512K at hidden 4096. "
+        "Constant in bytes: possible, between 64K and 512K."
+    )
+    assert constancy({2048: (512, NO_LIMIT), 4096: (0, 256)}).endswith("Constant in bytes: no.")
+    assert note_of(sample("nccl", 64, 5.0, op="all_reduce")) == (
+        "No measurement of all_reduce_rms_norm."
+    )
+
+
+def test_the_last_of_several_changes_counts():
+    back_and_forth = (*crossing_between(64, 128), *crossing_between(256, 512))
+    assert "between 256K and 512K" in note_of(*back_and_forth)
+
+
+def test_a_published_crossover_is_its_own_bracket():
+    published = (PublishedCrossover(hidden_size=4096, message_bytes=256 * KIB),)
+    section = crossings(profile(*crossing_between(256, 384), crossovers=published))
+    assert section.records[1]["between"] == "as published"
+    assert section.records[1]["before"] is None
+    assert section.notes[0].endswith("Constant in bytes: possible, at 256K.")
+
+
+@pytest.mark.parametrize(
+    ("size", "text"),
+    [(0, "0B"), (1023, "1023B"), (1024, "1K"), (262144, "256K"), (4589580, "4.38M"),
+     (2**20 - 1, "1024K"), (2**20, "1M"), (2**26 + 1, "64M"), (3 * 2**30 // 2, "1.5G")],
+)  # fmt: skip
+def test_sizes_keep_three_digits(size, text):
+    assert rounded_size(size) == text
+
+
+def test_excluded_paths_and_numerics_and_identity():
+    here = profile(
+        *crossing_between(64, 256), excluded=(Exclusion(path="multimem", reason="no multicast"),)
+    )
+    assert excluded(here).records == [{"path": "multimem", "reason": "no multicast"}]
+    assert paths(here).records[0]["accumulation"] is None
+    known = {row["field"]: row["value"] for row in identity(here).records}
+    assert known["world_size"] == 2
+    assert "driver" not in known  # unknown here: no row rather than an empty one
+    assert known["multicast"] is False
+
+
+def test_a_report_leaves_out_what_is_empty():
+    here = profile(*crossing_between(64, 256))
+    names = [section.name for section in report(here, derive(here))]
+    assert names == ["identity", "bands", "crossovers", "measurements_all_reduce_rms_norm", "paths"]
+
+
+def test_bench_has_the_columns_of_nccl_tests():
+    section = bench(
+        [sample(UNFUSED, 64, 8.0), sample(FUSED, 64, 4.0)],
+        "bfloat16",
+        2,
+        {("all_reduce_rms_norm", FUSED, 16, 2048): 0},
+    )
+    head, first, second = render_sections([section], "table", terminal=False).splitlines()[:3]
+    assert head.split() == [
+        "size", "B", "count", "type", "op", "path", "time", "µs",
+        "algbw", "GB/s", "busbw", "GB/s", "#wrong",
+    ]  # fmt: skip
+    assert first.split()[-4:] == ["4.00", "16.38", "16.38", "0"]
+    assert second.split()[-3:] == ["8.00", "8.19", "8.19"]  # not checked: no number of wrong ones
+
+
+@pytest.mark.parametrize(("world_size", "factor"), [(1, 0.0), (2, 1.0), (4, 1.5), (8, 1.75)])
+def test_bus_factor(world_size, factor):
+    assert bus_factor(world_size) == factor
+
+
+def test_bandwidth_is_in_units_of_1e9_bytes_per_second():
+    row = bench_record(Shape(1000, 500, "float32"), "all_reduce", "nccl", 1000.0, 4, None)
+    assert (row["size_bytes"], row["count"]) == (2_000_000, 500_000)
+    assert row["algbw_gbps"] == pytest.approx(2.0)
+    assert row["busbw_gbps"] == pytest.approx(3.0)
