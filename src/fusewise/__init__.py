@@ -9,8 +9,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fusewise.communicator import Communicator as Communicator
     from fusewise.errors import FusewiseError as FusewiseError
+    from fusewise.ops import Communicator as Communicator
     from fusewise.plan import derive as derive
     from fusewise.profile import Profile as Profile
     from fusewise.shape import Shape as Shape
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
-    "Communicator": "fusewise.communicator",
+    "Communicator": "fusewise.ops",  # brings the torch operators along
     "FusewiseError": "fusewise.errors",
     "Profile": "fusewise.profile",
     "Shape": "fusewise.shape",

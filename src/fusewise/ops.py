@@ -9,7 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fusewise.communicator import communicator_for
+from fusewise.communicator import Communicator, communicator_for
+
+__all__ = ["Communicator", "all_reduce", "all_reduce_rms_norm"]
 
 
 @torch.library.custom_op("fusewise::all_reduce", mutates_args=())

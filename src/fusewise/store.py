@@ -231,10 +231,13 @@ def _read(path: Path) -> str:
         raise ProfileError(
             f"cannot read profile {path}", got=reason, hint=f"Packaged profiles: {known}."
         ) from error
-    with os.fdopen(handle, "rb") as file:
+    try:
         if not stat.S_ISREG(os.fstat(handle).st_mode):
             raise ProfileError(f"{path} is no regular file")
-        content = file.read(MAX_PROFILE_BYTES + 1)
+        with os.fdopen(handle, "rb", closefd=False) as file:
+            content = file.read(MAX_PROFILE_BYTES + 1)
+    finally:
+        os.close(handle)
     try:
         return content.decode("utf-8")
     except UnicodeDecodeError as error:

@@ -1,0 +1,170 @@
+from __future__ import annotations
+
+import fcntl
+import os
+from multiprocessing import get_context
+from pathlib import Path
+
+import pytest
+
+from fusewise import store
+from fusewise.errors import ProfileError, StaleProfileError, UnavailableError
+from fusewise.node import HARDWARE, SOFTWARE
+from tests.samples import FUSED, NODE, UNFUSED, profile_of
+
+GOOD = profile_of({1: {FUSED: 5.0, UNFUSED: 8.0}})
+OTHER = {
+    "device_type": "cpu", "device": "NVIDIA H100", "sm": 100, "world_size": 4, "nodes": 2,
+    "fabric": "pcie", "multicast": True, "driver": "1", "cuda": "1", "nccl": "1", "torch": "1",
+    "flashinfer": None,
+}  # fmt: skip
+
+
+@pytest.fixture
+def environ(tmp_path: Path) -> dict[str, str]:
+    return {"FUSEWISE_HOME": str(tmp_path / "home"), "FUSEWISE_SITE_DIR": str(tmp_path / "site")}
+
+
+def place(environ: dict[str, str], where: str = "user") -> Path:
+    folder = store.user_dir(environ) if where == "user" else store.site_dir(environ)
+    return store.save(GOOD, folder)
+
+
+def test_precedence_from_argument_to_nothing(environ: dict[str, str], tmp_path: Path) -> None:
+    file = tmp_path / "mine.json"
+    file.write_text(GOOD.to_json())
+
+    def level(**named: object) -> str:
+        return store.find_profile(NODE, "bfloat16", environ=environ, **named).level  # type: ignore[arg-type]
+
+    assert level() == "engine default"
+    place(environ, "site")
+    assert level() == "site profile"
+    place(environ)
+    assert level() == "user profile"
+    environ["FUSEWISE_PROFILE"] = str(file)
+    assert level() == "environment"
+    assert level(flag=str(file)) == "flag"
+    assert level(flag=str(file), argument=str(file)) == "argument"
+    assert level(argument=GOOD) == "argument"
+
+
+def test_another_dtype_is_not_found_by_searching(environ: dict[str, str]) -> None:
+    place(environ)
+    assert store.find_profile(NODE, "float16", environ=environ).profile is None
+
+
+@pytest.mark.parametrize("field", [*HARDWARE, *SOFTWARE])
+def test_every_identity_field_makes_a_found_profile_stale(
+    field: str, environ: dict[str, str]
+) -> None:
+    path = place(environ)
+    here = NODE.model_copy(update={field: OTHER[field]})
+    # The file may carry the asked name although its content is of another node.
+    path.rename(path.with_name(store.profile_file_name(here, "bfloat16")))
+    found = store.find_profile(here, "bfloat16", environ=environ)
+    assert found.profile is None
+    assert any(f"{field}: {getattr(NODE, field)} in the profile" in note for note in found.notes)
+    assert any("fusewise tune" in note for note in found.notes)
+
+
+def test_an_explicit_profile_of_other_hardware_is_refused(environ: dict[str, str]) -> None:
+    here = NODE.model_copy(update={"world_size": 8})
+    with pytest.raises(StaleProfileError, match="world_size: 2 in the profile, 8 here"):
+        store.find_profile(here, "bfloat16", argument=GOOD, environ=environ)
+
+
+def test_an_explicit_profile_of_other_software_is_used_and_said(environ: dict[str, str]) -> None:
+    here = NODE.model_copy(update={"torch": "9"})
+    found = store.find_profile(here, "bfloat16", argument=GOOD, environ=environ)
+    assert found.profile is GOOD
+    assert "torch: 2.11.0 in the profile, 9 here" in found.notes[0]
+
+
+def test_a_broken_profile_found_by_searching_does_not_stop_serving(
+    environ: dict[str, str],
+) -> None:
+    place(environ, "site")
+    place(environ).write_text("{")
+    found = store.find_profile(NODE, "bfloat16", environ=environ)
+    assert found.level == "site profile"
+    assert "not valid JSON" in found.notes[0]
+
+
+@pytest.mark.parametrize("kind", ["missing", "symlink", "directory", "fifo", "binary"])
+def test_what_is_no_regular_profile_is_refused(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / "p.json"
+    target = tmp_path / "real.json"
+    target.write_text(GOOD.to_json())
+    if kind == "symlink":
+        path.symlink_to(target)
+    elif kind == "directory":
+        path.mkdir()
+    elif kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "binary":
+        path.write_bytes(b"\xff\xfe")
+    with pytest.raises(ProfileError, match=r"p\.json"):
+        store.load(path)
+    assert store.load(target) == GOOD
+
+
+def test_saving_is_private_atomic_and_refuses_a_symlink(environ: dict[str, str]) -> None:
+    path = place(environ)
+    assert path.stat().st_mode & 0o077 == 0
+    assert path.parent.stat().st_mode & 0o077 == 0
+    assert [p.name for p in path.parent.iterdir() if p.name.startswith(".writing")] == []
+    moved = path.with_name("elsewhere.json")
+    path.rename(moved)
+    path.symlink_to(moved)
+    with pytest.raises(UnavailableError, match="symbolic link"):
+        store.save(GOOD, path.parent)
+    assert store.load(moved) == GOOD
+
+
+def test_a_directory_others_can_write_is_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "open"
+    folder.mkdir()
+    folder.chmod(0o777)
+    with pytest.raises(UnavailableError, match="not private"):
+        store.save(GOOD, folder)
+
+
+def test_a_held_lock_is_waited_for_and_then_named(
+    environ: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = place(environ)
+    before = path.read_text()
+    monkeypatch.setattr(store, "_LOCK_TIMEOUT_S", 0.1)
+    with (path.parent / ".lock").open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.raises(UnavailableError, match="has held the lock"):
+            store.save(GOOD, path.parent)
+    assert path.read_text() == before
+
+
+def _write_many(folder: str, tokens: int) -> None:
+    profile = profile_of({tokens: {FUSED: 5.0, UNFUSED: 8.0}})
+    for _ in range(20):
+        store.save(profile, Path(folder))
+
+
+def test_two_writers_leave_one_whole_profile(environ: dict[str, str]) -> None:
+    folder = store.user_dir(environ)
+    context = get_context("fork")
+    writers = [context.Process(target=_write_many, args=(str(folder), t)) for t in (1, 2)]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join(30)
+        assert writer.exitcode == 0
+    (path,) = folder.glob("device=*.json")
+    assert store.load(path).samples[0].num_tokens in (1, 2)
+
+
+def test_packaged_profiles_are_all_valid_and_found_by_name() -> None:
+    assert "nvidia-h200-tp8" in store.packaged_names()
+    for name in store.packaged_names():
+        assert store.load(name).provenance.origin == "published"
+    with pytest.raises(ProfileError, match="nvidia-h200-tp8"):
+        store.load("nvidia-h2000")
