@@ -2,8 +2,8 @@
 
 Parameter lists are those of FlashInfer 0.6.11.post2 (``comm/allreduce.py``, ``comm/trtllm_ar.py``,
 ``comm/vllm_ar.py``, ``comm/cuda_ipc.py``), so that a call which does not bind there does not bind
-here; ``test_backend_calls.py`` compares them with an installed FlashInfer where there is one. All
-ranks of a fake group hold equal tensors: the sum is world_size times the input.
+here; ``test_backend_flashinfer.py`` compares them with an installed FlashInfer where there is one.
+All ranks of a fake group hold equal tensors: the sum is world_size times the input.
 """
 
 from __future__ import annotations
@@ -233,3 +233,17 @@ class Fakes:
         patch.setattr(
             torch.cuda, "get_device_properties", lambda device: types.SimpleNamespace(uuid="u")
         )
+
+
+def rows(num_tokens: int, hidden_size: int = 2048, dtype: Any = torch.bfloat16) -> torch.Tensor:
+    """Small integers, exact in every dtype."""
+    torch.manual_seed(num_tokens)
+    return torch.randint(-8, 8, (num_tokens, hidden_size)).to(dtype)
+
+
+def check_reduces(backend: Any, x: torch.Tensor) -> None:
+    """Two calls in a row: right sums, new tensors, inputs left alone."""
+    kept = x.clone()
+    first, second = backend.all_reduce(x), backend.all_reduce(x + 1)
+    assert torch.equal(x, kept), "the input keeps its value"
+    assert torch.equal(first, 2 * x) and torch.equal(second, 2 * (x + 1)), "results are new tensors"
