@@ -121,7 +121,8 @@ class OneShot(Backend):
         # The slot before the epoch: x86 keeps these two stores in this order.
         self._epochs[self.group.rank * _LINE // 8] = self._epoch
         self._wait()
-        total = slots[0].view(rows.dtype).view(rows.shape).float()
+        # A copy even for fp32: adding into rank 0's slot would change what its peers read.
+        total = slots[0].view(rows.dtype).view(rows.shape).to(torch.float32, copy=True)
         for rank in range(1, self.group.world_size):
             total += slots[rank].view(rows.dtype).view(rows.shape)
         return total
