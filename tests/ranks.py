@@ -1,4 +1,4 @@
-"""Real CPU ranks for tests: spawned once per call, over gloo, always bounded and reaped."""
+"""Real ranks for tests: spawned once per call, over gloo or NCCL, always bounded and reaped."""
 
 from __future__ import annotations
 
@@ -15,7 +15,13 @@ _CONTEXT = multiprocessing.get_context("spawn")
 
 
 def _rank_main(
-    function: Callable[..., Any], rank: int, world_size: int, folder: str, sender: Any, args: Any
+    function: Callable[..., Any],
+    rank: int,
+    world_size: int,
+    folder: str,
+    sender: Any,
+    args: Any,
+    device: str,
 ) -> None:
     import torch
     import torch.distributed as dist
@@ -23,7 +29,11 @@ def _rank_main(
     torch.set_num_threads(1)
     os.environ["FUSEWISE_HOME"] = str(Path(folder) / "home")
     store = dist.FileStore(str(Path(folder) / "store"), world_size)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
+    gpu = torch.device("cuda", rank) if device == "cuda" else None
+    if gpu is not None:
+        torch.cuda.set_device(gpu)
+    backend = "nccl" if gpu is not None else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, device_id=gpu)
     try:
         sender.send(("ok", function(rank, *args)))
     except BaseException as error:  # the parent re-raises it with the rank's name
@@ -35,9 +45,13 @@ def _rank_main(
 
 
 def run_ranks(
-    function: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 60.0
+    function: Callable[..., Any],
+    world_size: int,
+    *args: Any,
+    timeout_s: float = 60.0,
+    device: str = "cpu",
 ) -> list[Any]:
-    """``function(rank, *args)`` on ``world_size`` gloo ranks; their results in rank order.
+    """``function(rank, *args)`` on ``world_size`` ranks; their results in rank order.
 
     ``function`` must be importable by name. A rank's exception becomes an AssertionError here.
     """
@@ -45,7 +59,8 @@ def run_ranks(
         pipes = [_CONTEXT.Pipe(duplex=False) for _ in range(world_size)]
         processes = [
             _CONTEXT.Process(
-                target=_rank_main, args=(function, rank, world_size, folder, sender, args)
+                target=_rank_main,
+                args=(function, rank, world_size, folder, sender, args, device),
             )
             for rank, (_, sender) in enumerate(pipes)
         ]
