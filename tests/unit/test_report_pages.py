@@ -13,7 +13,7 @@ from fusewise.node import Fingerprint
 from fusewise.plan import derive
 from fusewise.profile import Exclusion, PathRecord, Profile, Provenance, Sample
 from fusewise.report import html, plot
-from fusewise.report.plot import STYLES
+from fusewise.report.panel import STYLES, ratio_top
 
 FUSED, UNFUSED = "flashinfer.one_shot", "nccl + rms_norm"
 SVG = "{http://www.w3.org/2000/svg}"
@@ -67,10 +67,14 @@ def test_the_picture_names_paths_panels_axes_and_the_crossover(drawn):
     assert "all_reduce → + residual → RMSNorm on NVIDIA H200, 2 ranks, nv18, bfloat16" in texts
 
 
-def test_equal_profiles_give_equal_bytes_without_a_date(drawn):
+def test_equal_profiles_give_equal_bytes_whatever_the_users_matplotlibrc(drawn):
+    import matplotlib as mpl
+
     here, svg = drawn
     again = Profile.model_validate(here.model_dump())
-    assert plot.picture(again, derive(again), "svg") == svg
+    with mpl.rc_context({"font.size": 30, "lines.linewidth": 9, "axes.grid": False}):
+        assert plot.picture(again, derive(again), "svg") == svg
+        assert mpl.rcParams["font.size"] == 30
     assert b"dc:date" not in svg
     assert b"Matplotlib v" not in svg
 
@@ -85,12 +89,9 @@ def test_the_strip_shows_the_plan_it_was_given_not_one_of_its_own(drawn):
 def test_files_by_suffix(tmp_path):
     here = profile(tokens=(64, 256))
     plan = derive(here)
-    for name in ("a.svg", "b.PNG", "c.png"):
+    for name, start in (("a.svg", b"<?xml"), ("b.PNG", b"\x89PNG")):
         plot.save(here, plan, tmp_path / name)
-    assert (tmp_path / "a.svg").read_bytes().startswith(b"<?xml")
-    png = (tmp_path / "c.png").read_bytes()
-    assert png.startswith(b"\x89PNG")
-    assert png == (tmp_path / "b.PNG").read_bytes()
+        assert (tmp_path / name).read_bytes().startswith(start)
     with pytest.raises(InputError, match=r"expected \.svg or \.png"):
         plot.save(here, plan, tmp_path / "d.pdf")
     assert not (tmp_path / "d.pdf").exists()
@@ -111,20 +112,26 @@ def test_four_hidden_sizes_wrap_into_two_rows():
     assert height > 9
 
 
+@pytest.mark.parametrize(
+    ("ratios", "top"),
+    [
+        ([[[1, 1.2, 5]]], 2.0),  # the slow ones leave the picture
+        ([[[1, 5, 9]]], 6.0),  # nobody is near: the runner-up stays in it
+        ([[[1, 5, 9]], [[1, 1.2]]], 2.0),  # somewhere somebody is near
+        ([[[1, 1.2]]], 1.23),  # all are near
+        ([[[1, 1.01]]], 1.1),
+        ([[[1]]], 1.1),
+    ],
+)
+def test_the_ratio_axis_shows_the_race(ratios, top):
+    assert ratio_top(ratios) == pytest.approx(top)
+
+
 def test_nothing_to_draw_is_refused():
     bare = Sample(op="all_reduce", path="nccl", num_tokens=64, hidden_size=2048, times_us=(8.0,))
     here = profile(samples=(bare,))
     with pytest.raises(InputError, match="nothing to draw"):
         plot.picture(here, derive(here), "svg")
-
-
-def test_the_users_matplotlibrc_changes_nothing(drawn):
-    import matplotlib as mpl
-
-    here, svg = drawn
-    with mpl.rc_context({"font.size": 30, "lines.linewidth": 9, "axes.grid": False}):
-        assert plot.picture(here, derive(here), "svg") == svg
-        assert mpl.rcParams["font.size"] == 30
 
 
 def test_no_two_backends_of_one_node_look_alike():
@@ -161,9 +168,14 @@ class Page(HTMLParser):
         self.words.append(data.strip())
 
 
-def test_the_page_stands_alone_and_holds_every_part():
+@pytest.fixture(scope="module")
+def written():
     here = profile(excluded=(Exclusion(path="multimem", reason="no multicast here"),))
-    page = Page(html.page(here, derive(here)))
+    return html.page(here, derive(here))
+
+
+def test_the_page_stands_alone_and_holds_every_part(written):
+    page = Page(written)
     assert page.tags.count("svg") == 1
     assert page.tags.count("table") == 6
     for word in ("Decision", "Crossovers", "Not measured", "no multicast here", "world_size",
@@ -186,9 +198,10 @@ def test_the_page_escapes_what_a_profile_says():
     assert re.search(r"<title>fusewise: &lt;script&gt;", text)
 
 
-def test_the_chosen_cell_is_marked():
-    here = profile()
-    text = html.page(here, derive(here))
-    assert text.count('class="right chosen"') == 4
-    assert '<td class="right chosen">*5.00</td>' in text
-    assert '<td class="do-not-fuse">do not fuse</td>' in text
+def test_the_decision_comes_first_and_the_chosen_cell_is_marked(written):
+    heads = re.findall(r'<h2 id="(\w+)">', written)
+    assert heads[:2] == ["bands", "crossovers"]
+    assert heads[-1] == "identity"
+    assert written.count('class="right chosen"') == 4
+    assert '<td class="right chosen">*5.00</td>' in written
+    assert '<td class="do-not-fuse">do not fuse</td>' in written

@@ -103,6 +103,16 @@ def test_a_path_not_admitted_at_a_size_is_an_empty_cell():
     assert document["rows"] == section.records
 
 
+def test_a_published_time_has_no_interval():
+    section = measurements(
+        profile(sample(FUSED, 64, 5.0, rounds=1), sample(UNFUSED, 64, 8.0, rounds=1))
+    )
+    (row,) = section.records
+    assert (row["gain_us"], row["gain_low_us"], row["gain_high_us"]) == (3.0, None, None)
+    assert "gain_low_us" not in [column.key for column in section.columns]
+    assert section.notes[1].endswith("interval: none was published.")
+
+
 def test_there_is_nothing_to_fuse_in_a_plain_all_reduce():
     section = measurements(
         profile(
@@ -211,7 +221,7 @@ def test_excluded_paths_and_numerics_and_identity():
 def test_a_report_leaves_out_what_is_empty():
     here = profile(*crossing_between(64, 256))
     names = [section.name for section in report(here, derive(here))]
-    assert names == ["identity", "bands", "crossovers", "measurements_all_reduce_rms_norm", "paths"]
+    assert names == ["identity", "paths", "measurements_all_reduce_rms_norm", "bands", "crossovers"]
 
 
 def test_bench_has_the_columns_of_nccl_tests():

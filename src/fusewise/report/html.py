@@ -57,7 +57,8 @@ def page(profile: Profile, plan: Plan, min_gain: float = MIN_GAIN) -> str:
     provenance = profile.provenance
     lead = f"{provenance.origin} {provenance.created}, {provenance.source}"
     about = identity(profile)
-    tables = [table for table in report(profile, plan, min_gain) if table.name != about.name]
+    rest = [table for table in report(profile, plan, min_gain) if table.name != about.name]
+    tables = sorted(rest, key=lambda table: table.name not in ("bands", "crossovers"))
     verdict = " ".join(crossings(profile, min_gain).notes)
     body = [
         f"<h1>{_text(caption(profile))}</h1>",

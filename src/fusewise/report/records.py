@@ -20,7 +20,7 @@ Record = dict[str, Any]
 
 
 def report(profile: Profile, plan: Plan, min_gain: float = MIN_GAIN) -> list[Section]:
-    """Every section of a report, in reading order; sections with nothing in them are left out.
+    """Every section of a report but the empty ones; the decision last, where a terminal ends.
 
     Args:
         profile: what was measured.
@@ -29,11 +29,11 @@ def report(profile: Profile, plan: Plan, min_gain: float = MIN_GAIN) -> list[Sec
     """
     sections = [
         identity(profile),
+        paths(profile),
+        *(measurements(profile, op, min_gain) for op in OPS),
+        excluded(profile),
         bands(plan),
         crossings(profile, min_gain),
-        *(measurements(profile, op, min_gain) for op in OPS),
-        paths(profile),
-        excluded(profile),
     ]
     return [section for section in sections if section.records or section.notes]
 
@@ -56,27 +56,31 @@ def measurements(profile: Profile, op: Op = FUSABLE, min_gain: float = MIN_GAIN)
 
     Keys: ``median_us[PATH]`` for every path (None where it was not admitted), ``gain_us`` with
     ``gain_low_us`` and ``gain_high_us``: best unfused minus best fused, above zero where fusing
-    wins. For ``all_reduce`` there is nothing to fuse: gains and verdict are None.
+    wins. A publication without its rounds gives no interval: both ends are None. For
+    ``all_reduce`` there is nothing to fuse: gains and verdict are None.
     """
     present = {sample.path for sample in profile.samples if sample.op == op}
     known = [path.name for path in profile.paths if path.name in present]
     names = known + sorted(present - set(known))
     decided = decide_points(profile, op, min_gain)
-    records = [_measurement(op, point, names) for column in decided.values() for point in column]
+    paired = any(len(sample.times_us) > 1 for sample in profile.samples)
+    records = [
+        _measurement(op, point, names, paired) for column in decided.values() for point in column
+    ]
     fusable = op == FUSABLE and any(record["gain_us"] is not None for record in records)
     columns = (
         Column("hidden_size", "hidden", align="right"),
         Column("num_tokens", "tokens", align="right"),
         Column("size", "size", align="right"),
         *(Column(f"median_us[{n}]", _broken(n), "", ".2f", "right", ("chosen", n)) for n in names),
-        *(_GAIN_COLUMNS if fusable else ()),
+        *(c for c in _GAIN_COLUMNS if fusable and (paired or c.key not in _SPREAD)),
         *((Column("note", "note"),) if any(record["note"] for record in records) else ()),
     )
     notes = ["Times: median µs per call, slowest rank; * is the chosen path."]
     if fusable:
         notes.append(
             "fusing saves = best unfused − best fused; interval: "
-            + (f"{CONFIDENCE:.0%} of paired rounds." if _paired(profile) else "none was published.")
+            + (f"{CONFIDENCE:.0%} of paired rounds." if paired else "none was published.")
         )
     title = f"Measurements: {op}"
     return Section(f"measurements_{op}", columns, records, title, tuple(notes) if records else ())
@@ -88,9 +92,10 @@ _GAIN_COLUMNS = (
     Column("gain_high_us", "high", "", "+.2f", "right"),
     Column("verdict", "verdict"),
 )
+_SPREAD = ("gain_low_us", "gain_high_us")
 
 
-def _measurement(op: Op, point: Point, names: list[str]) -> Record:
+def _measurement(op: Op, point: Point, names: list[str], paired: bool) -> Record:
     gain = point.gain if op == FUSABLE else None
     return {
         "op": op,
@@ -102,8 +107,8 @@ def _measurement(op: Op, point: Point, names: list[str]) -> Record:
         "fastest": point.fastest,
         "chosen": point.chosen,
         "gain_us": gain.median if gain else None,
-        "gain_low_us": gain.low if gain else None,
-        "gain_high_us": gain.high if gain else None,
+        "gain_low_us": gain.low if gain and paired else None,
+        "gain_high_us": gain.high if gain and paired else None,
         "verdict": point.verdict if op == FUSABLE else None,
         "note": point.note or None,
     }
@@ -112,10 +117,6 @@ def _measurement(op: Op, point: Point, names: list[str]) -> Record:
 def _broken(path: str) -> str:
     """A path's name as a narrow head: ``symm_mem``, ``.one_shot``, ``+ rms_norm``."""
     return path.replace(".", "\n.").replace(" + ", "\n+ ")
-
-
-def _paired(profile: Profile) -> bool:
-    return any(len(sample.times_us) > 1 for sample in profile.samples)
 
 
 def bands(plan: Plan) -> Section:
