@@ -92,6 +92,8 @@ template <class Type, int kWorld, int kVectors, int kBlocks, Output kOutput, boo
 FW_DEVICE void one_shot(const OneShotParams& p, RowShared<kBlocks>& shared) {
   // How many vectors of all ranks are held in registers while waiting: 16 are 64 registers.
   constexpr int kBatch = kVectors * kWorld <= 16 ? kVectors : 1;
+  // Four vectors per thread leave no registers for operands that are needed only after the wait.
+  constexpr bool kEarlyLoads = kVectors < 4;
   const int lane = thread_index() % kWarp;
   const int worker = block_index() / kBlocks;
   const int workers = block_count() / kBlocks;
@@ -144,12 +146,13 @@ FW_DEVICE void one_shot(const OneShotParams& p, RowShared<kBlocks>& shared) {
       if (lane == 0) store_word(p.group.epochs + unit, epoch[i] + 1);
     }
     if (kEarlyTrigger) dependents_launch();
+    const bool has_residual = kOutput != Output::kSum && p.residual != nullptr;
+    const char* residual_row = static_cast<const char*>(p.residual) + start * kVectorBytes;
     Words residual[kVectors] = {};
     FW_UNROLL
     for (int i = 0; i < kVectors; ++i) {
-      if (kOutput != Output::kSum && p.residual != nullptr && column[i] >= 0) {
-        const long long at = (start + column[i]) * kVectorBytes;
-        residual[i] = load_words(static_cast<const char*>(p.residual) + at);
+      if (kEarlyLoads && has_residual && column[i] >= 0) {
+        residual[i] = load_words(residual_row + column[i] * kVectorBytes);
       }
     }
     Skew::before_take(p.group.rank, row);
@@ -170,7 +173,10 @@ FW_DEVICE void one_shot(const OneShotParams& p, RowShared<kBlocks>& shared) {
     }
     FW_UNROLL
     for (int i = 0; i < kVectors; ++i) {
-      if (kOutput != Output::kSum && p.residual != nullptr) add<Type>(total[i], residual[i]);
+      if (!kEarlyLoads && has_residual && column[i] >= 0) {
+        residual[i] = load_words(residual_row + column[i] * kVectorBytes);
+      }
+      if (has_residual) add<Type>(total[i], residual[i]);
       void* sum = kOutput == Output::kSum ? p.output.out : p.residual_out;
       if (column[i] >= 0) {
         store_words(static_cast<char*>(sum) + (start + column[i]) * kVectorBytes,

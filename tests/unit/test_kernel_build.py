@@ -1,0 +1,43 @@
+"""Our CUDA sources compile for every architecture, without spills, to the layout Python expects."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from fusewise.errors import UnavailableError
+from fusewise.kernels import build, params
+from fusewise.kernels.config import Instance, bound
+
+pytest.importorskip("cuda.core", reason='needs pip install "fusewise[cuda]"')
+
+ARCHITECTURES = (80, 90, 100)
+ONE_SHOT = [
+    bound(Instance("one_shot", "bfloat16", 2), 256),
+    bound(Instance("one_shot", "float16", 4, vectors=2, output="kTokenFp8"), 512),
+    bound(Instance("one_shot", "float32", 8, vectors=4, output="kGroupFp8"), 384),
+    bound(Instance("one_shot", "bfloat16", 8, output="kSum"), 512),
+]
+
+
+@pytest.mark.parametrize("sm", ARCHITECTURES)
+@pytest.mark.parametrize("instance", ONE_SHOT, ids=str)
+def test_it_compiles_without_spilling_registers(instance: Instance, sm: int) -> None:
+    log: list[str] = []
+    code = build.compile_instance(instance, sm, log=log)
+    assert code.startswith(b"\x7fELF")
+    assert instance.function.encode() in code
+    spills = re.findall(r"(\d+) bytes spill (?:stores|loads)", log[0])
+    assert spills and set(spills) == {"0"}, log[0]
+
+
+def test_parameters_lie_where_the_compiler_puts_them() -> None:
+    structures = [params.Status, params.GroupParams, params.OutputParams, params.OneShotParams]
+    checks = [check for one in structures for check in params.layout_checks(one)]
+    build.compile_instance(ONE_SHOT[0], 90, extra="\n".join(checks))
+
+
+def test_a_wrong_layout_is_refused_by_the_compiler() -> None:
+    with pytest.raises(UnavailableError, match="static assertion failed"):
+        build.compile_instance(ONE_SHOT[0], 90, extra="static_assert(sizeof(Status) == 24);")
