@@ -214,6 +214,7 @@ class Fakes:
 
     def __init__(self) -> None:
         self.comm, self.vllm, self.cudart = FakeComm(), FakeVllm(), FakeCudart()
+        self.free = 2**40  # bytes of free GPU memory
 
     def install(self, patch: Any) -> None:
         """``patch``: pytest's monkeypatch, or anything with its setattr and setitem."""
@@ -229,6 +230,7 @@ class Fakes:
             patch.setitem(sys.modules, module.__name__, module)
         patch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
         patch.setattr(torch.cuda, "synchronize", lambda device=None: None)
+        patch.setattr(torch.cuda, "mem_get_info", lambda device: (self.free, 2 * self.free))
         patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: self.vllm.capturing)
         patch.setattr(
             torch.cuda, "get_device_properties", lambda device: types.SimpleNamespace(uuid="u")

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from fusewise.backends import custom, flashinfer, nccl_symm, symm_mem
+from fusewise.backends import custom, flashinfer, flashinfer_limits, nccl_symm, symm_mem
 from fusewise.node import Fingerprint
 
 BACKENDS = {
@@ -117,6 +117,8 @@ ENVIRONMENTS = [
     ("custom", "PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:64, expandable_segments:True",
      "remove expandable_segments:True from PYTORCH_CUDA_ALLOC_CONF"),
     ("custom", "PYTORCH_ALLOC_CONF", "expandable_segments:true", "from PYTORCH_ALLOC_CONF"),
+    ("custom", "PYTORCH_CUDA_ALLOC_CONF", "backend:cudaMallocAsync", "backend:cudaMallocAsync"),
+    ("custom", "PYTORCH_CUDA_ALLOC_CONF", "backend:native", None),
     ("custom", "PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:False", None),
     ("nccl_symm", "NCCL_CUMEM_ENABLE", "0", "NCCL_CUMEM_ENABLE=0"),
     ("nccl_symm", "NCCL_WIN_ENABLE", "0", "NCCL_WIN_ENABLE=0"),
@@ -145,7 +147,7 @@ def test_flashinfer_without_compiler(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Any, name: str
 ) -> None:
     _packages(monkeypatch, "flashinfer")
-    monkeypatch.setattr(flashinfer, "_CUDA_HOME", str(tmp_path / "none"))
+    monkeypatch.setattr(flashinfer_limits, "_CUDA_HOME", str(tmp_path / "none"))
     assert "finds no nvcc" in str(BACKENDS[name].available(_node()))
     compiler = tmp_path / "bin" / "nvcc"
     compiler.parent.mkdir()
@@ -164,7 +166,7 @@ def test_flashinfer_prebuilt_needs_no_compiler(
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name: spec if name == "flashinfer" else None
     )
-    monkeypatch.setattr(flashinfer, "_CUDA_HOME", str(tmp_path / "none"))
+    monkeypatch.setattr(flashinfer_limits, "_CUDA_HOME", str(tmp_path / "none"))
     assert "finds no nvcc" in str(BACKENDS[name].available(_node()))
     library = tmp_path / "data" / "aot" / module / f"{module}.so"
     library.parent.mkdir(parents=True)

@@ -83,7 +83,7 @@ def test_custom_is_out_of_use_after_a_failed_registration(
         raise RuntimeError("invalid argument")
 
     monkeypatch.setattr(fakes.vllm, "get_graph_buffer_ipc_meta", refuse)
-    with pytest.raises(UnavailableError, match=r"invalid argument.*expandable segments"):
+    with pytest.raises(UnavailableError, match=r"invalid argument.*expandable_segments"):
         backend.capture_end()
     assert "registration" in str(backend.admits(Shape(1, 2048)))
     with pytest.raises(UnavailableError, match="registration"):

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from fusewise.backends import flashinfer
+from fusewise.backends import flashinfer, flashinfer_limits
 from fusewise.backends.base import Backend
 from fusewise.errors import InputError, UnavailableError
 from fusewise.kernels.norm import residual_rms_norm
@@ -101,6 +101,14 @@ def test_flashinfer_limits(
     assert refused is None if words is None else words in str(refused)
 
 
+def test_flashinfer_asks_for_memory_before_the_collective(fakes: Fakes) -> None:
+    fakes.free = 2 * 64 * 2048 * (2 + 3 * 2)  # two ranks: a staging buffer and three Lamport turns
+    assert flashinfer.OneShot(MirrorGroup(), MAX).admits(MAX) is None  # type: ignore[arg-type]
+    fakes.free -= 1
+    with pytest.raises(UnavailableError, match=r"memory.*expected 2097152 bytes"):
+        flashinfer.OneShot(MirrorGroup(), MAX)  # type: ignore[arg-type]
+
+
 def test_flashinfer_believes_its_own_workspace(
     fakes: Fakes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -119,18 +127,18 @@ def test_flashinfer_rows_split_into_clusters(hidden_size: int, fits: bool) -> No
     """Against the launcher's rule told differently: some cluster of 8, 4, 2, 1 CTAs divides."""
     threads = hidden_size // 8
     assert fits == any(threads % c == 0 and threads // c <= 1024 for c in (8, 4, 2, 1))
-    assert (flashinfer.launch_problem(Shape(1, hidden_size)) is None) == fits
+    assert (flashinfer_limits.launch_problem(Shape(1, hidden_size)) is None) == fits
 
 
 @pytest.mark.parametrize("world_size", [2, 4, 8, 16])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_flashinfer_workspace_stays_below_its_int32_offset(world_size: int, dtype: DType) -> None:
     element_bytes = 2 if dtype == "bfloat16" else 4
-    huge = flashinfer.workspace_elements(Shape(2**20, 8192, dtype), world_size)
+    huge = flashinfer_limits.workspace_elements(Shape(2**20, 8192, dtype), world_size)
     lamport_bytes = world_size * huge * element_bytes
     assert 2 * lamport_bytes < 2**31 <= 2 * (lamport_bytes + world_size * element_bytes * 1024)
-    assert flashinfer.workspace_elements(Shape(64, 2048, dtype), world_size) == 64 * 2048
-    assert flashinfer.workspace_elements(Shape(1, 1025, dtype), world_size) == 2048
+    assert flashinfer_limits.workspace_elements(Shape(64, 2048, dtype), world_size) == 64 * 2048
+    assert flashinfer_limits.workspace_elements(Shape(1, 1025, dtype), world_size) == 2048
 
 
 @pytest.mark.parametrize("world_size", [2, 4, 8])

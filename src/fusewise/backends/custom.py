@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fusewise.backends.base import Backend
-from fusewise.backends.flashinfer import package_reason
+from fusewise.backends.flashinfer_limits import package_reason
 from fusewise.backends.steps import not_on_one_host, together
 from fusewise.errors import RankError, UnavailableError
 from fusewise.profile import Numerics
@@ -39,6 +39,8 @@ _NUM_CTAS = 36  # kMaxBlocks, and what vLLM launches
 _POINTERS = 8  # RankData holds eight, whatever the world size
 _SLOTS = 2**17  # vLLM's 8 MiB of RankData; one per captured call, one for the eager buffer
 _ALLOCATOR_VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
+_UNSHARED = ("expandable_segments:True", "backend:cudaMallocAsync")  # no IPC handle for such memory
+_ALLOCATOR_HINT = f"Remove {' and '.join(_UNSHARED)} from the allocator's settings."
 _HINT = "Check peer access with `nvidia-smi topo -p2p r`; or leave it out: --without custom."
 
 
@@ -61,7 +63,7 @@ class Custom(Backend):
             return f"takes {_WORLD_SIZES} ranks, not {node.world_size}; use nccl"
         if node.world_size > 2 and not node.fabric.startswith("nv"):
             return f"more than two GPUs must be joined by NVLink, these are by {node.fabric}"
-        return _expandable_segments()
+        return _allocator_reason()
 
     def __init__(self, group: Group, max_shape: Shape) -> None:
         super().__init__(group, max_shape)
@@ -173,7 +175,7 @@ class Custom(Backend):
 
     def _register(self) -> None:
         group, ops = self.group, self._ops
-        exported = together(group, "custom: export graph buffers", self._export, _segments_hint())
+        exported = together(group, "custom: export graph buffers", self._export, _ALLOCATOR_HINT)
         facts = group.gather("custom: graph buffers", exported)
         counts = [len(fact["offsets"]) for fact in facts]
         if len(set(counts)) > 1:
@@ -224,22 +226,16 @@ def _load() -> tuple[Any, Any]:
     return vllm_ar, cuda_ipc
 
 
-def _expandable_segments() -> str | None:
+def _allocator_reason() -> str | None:
     for name in _ALLOCATOR_VARIABLES:
         settings = os.environ.get(name, "").replace(" ", "").lower().split(",")
-        if "expandable_segments:true" in settings:
-            return (
-                "memory of expandable segments cannot be shared under graph capture; remove"
-                f" expandable_segments:True from {name}"
-            )
+        for setting in _UNSHARED:
+            if setting.lower() in settings:
+                return (
+                    "captured tensors must come from cudaMalloc to be shared with peers; remove"
+                    f" {setting} from {name}"
+                )
     return None
-
-
-def _segments_hint() -> str:
-    return (
-        "Captured tensors must come from cudaMalloc: switch the allocator's expandable segments"
-        f" off ({' or '.join(_ALLOCATOR_VARIABLES)}), or use --without custom."
-    )
 
 
 def _all_linked(uuids: list[str], rank: int) -> bool:

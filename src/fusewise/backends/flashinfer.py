@@ -1,9 +1,7 @@
 """FlashInfer's fused all-reduce + residual + RMSNorm, backend ``trtllm``, one-shot and two-shot.
 
-One workspace per strategy, so that the state of one never meets the other. The limits below are
-read from FlashInfer 0.6.11.post2: ``comm/trtllm_ar.py`` and ``trtllm_allreduce_fusion.cuh``.
-
-Known behaviour, left to verification on the node:
+One workspace per strategy, so that the state of one never meets the other. Known behaviour of
+0.6.11.post2, left to verification on the node:
 
 - One-shot marks an empty slot with -0.0 and turns -0.0 inputs into +0.0.
 - ``trigger_completion_at_end`` stays True: released early, a dependent kernel can read outputs
@@ -16,16 +14,19 @@ Never the backends ``mnnvl`` or ``auto``.
 
 from __future__ import annotations
 
-import importlib.util
 import inspect
-import os
-import shutil
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
 from fusewise.backends.base import Backend
+from fusewise.backends.flashinfer_limits import (
+    WORKSPACE_ROW,
+    WORLD_SIZES,
+    launch_problem,
+    package_reason,
+    workspace_elements,
+)
 from fusewise.backends.steps import not_on_one_host, together
 from fusewise.errors import InputError, UnavailableError
 from fusewise.profile import Numerics
@@ -37,81 +38,6 @@ if TYPE_CHECKING:
     from fusewise.group import Group
     from fusewise.node import Fingerprint
     from fusewise.shape import Shape
-
-_CUDA_HOME = "/usr/local/cuda"  # where the toolkit lies when nothing says otherwise
-_MIN_VERSION = (0, 6, 11)  # create_allreduce_fusion_workspace takes a process group from here on
-_WORLD_SIZES = (2, 4, 8, 16)  # allreduce_fusion_op
-_VECTOR_BYTES = 16  # kBytesPerAccess
-_MAX_CLUSTER = 8  # CTAs that may share one token
-_MAX_BLOCK = 1024  # threads
-# Workspaces are sized in elements; their row length is free. 1024 keeps every slot 16-byte aligned.
-_WORKSPACE_ROW = 1024
-# The clear offset 2 · lamport_comm_size is an int32 in LamportComm, unlike the data offset.
-_MAX_LAMPORT_BYTES = 2**30 - 1
-
-
-def package_reason(node: Fingerprint, module: str) -> str | None:
-    """Why FlashInfer's kernels cannot be loaded here; None if they can.
-
-    Args:
-        node: for the installed version.
-        module: the name of the kernel module, ``trtllm_comm`` or ``vllm_comm``.
-    """
-    if node.device_type != "cuda":
-        return "needs NVIDIA GPUs; CPU ranks use shm or gloo"
-    spec = importlib.util.find_spec("flashinfer")
-    if spec is None:
-        return "flashinfer is not installed; pip install 'fusewise[flashinfer]'"
-    if node.flashinfer and _version(node.flashinfer) < _MIN_VERSION:
-        wanted = ".".join(map(str, _MIN_VERSION))
-        return f"flashinfer {node.flashinfer} is too old; pip install 'flashinfer-python>={wanted}'"
-    prebuilt = Path(spec.origin or "").parent / "data" / "aot" / module / f"{module}.so"
-    if not (prebuilt.exists() or importlib.util.find_spec("flashinfer_jit_cache") or _has_nvcc()):
-        return (
-            f"flashinfer must compile {module} and finds no nvcc; put the CUDA toolkit's bin on"
-            " PATH or pip install flashinfer-jit-cache"
-        )
-    return None
-
-
-def _version(text: str) -> tuple[int, ...]:
-    numbers = []
-    for part in text.split(".")[:3]:
-        if not part.isdigit():
-            break
-        numbers.append(int(part))
-    return tuple(numbers)
-
-
-def _has_nvcc() -> bool:
-    if os.environ.get("FLASHINFER_NVCC") or shutil.which("nvcc"):
-        return True
-    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), _CUDA_HOME]
-    return any(home and Path(home, "bin", "nvcc").exists() for home in homes)
-
-
-def launch_problem(shape: Shape) -> str | None:
-    """Why the kernels' launcher takes no rows of this width; None if it does.
-
-    One thread holds 16 bytes and one cluster holds one row, so a row's threads must split into
-    1, 2, 4 or 8 CTAs of at most 1024 (sm_90 and newer; ``available`` refuses older ones).
-    """
-    if shape.row_bytes % _VECTOR_BYTES:
-        return f"rows of {shape.row_bytes} bytes are no multiple of {_VECTOR_BYTES}"
-    threads = shape.row_bytes // _VECTOR_BYTES
-    cluster = _MAX_CLUSTER
-    while threads % cluster:
-        cluster //= 2
-    if threads // cluster > _MAX_BLOCK:
-        return f"a row needs {threads // cluster} threads per CTA, at most {_MAX_BLOCK} fit"
-    return None
-
-
-def workspace_elements(shape: Shape, world_size: int) -> int:
-    """Elements of one message that a workspace for ``shape`` holds, whole workspace rows."""
-    wanted = -(-shape.num_tokens * shape.hidden_size // _WORKSPACE_ROW)
-    most = _MAX_LAMPORT_BYTES // (world_size * ELEMENT_BYTES[shape.dtype] * _WORKSPACE_ROW)
-    return min(max(wanted, 1), most) * _WORKSPACE_ROW
 
 
 class _FlashInfer(Backend):
@@ -130,8 +56,8 @@ class _FlashInfer(Backend):
             return reason
         if (node.sm or 0) // 10 not in (9, 10):
             return f"its kernels are built for sm_90 and sm_100, this is sm_{node.sm}; use nccl"
-        if node.world_size not in _WORLD_SIZES:
-            return f"takes {_WORLD_SIZES} ranks, not {node.world_size}; use nccl"
+        if node.world_size not in WORLD_SIZES:
+            return f"takes {WORLD_SIZES} ranks, not {node.world_size}; use nccl"
         return None
 
     def __init__(self, group: Group, max_shape: Shape) -> None:
@@ -140,6 +66,8 @@ class _FlashInfer(Backend):
         self._workspace: Any = None
         self._comm = together(group, f"{self.id}: load kernels", _load)
         group.agree(f"{self.id}: workspace size", [self._elements, max_shape.dtype])
+        # Inside the provider's own collective nobody votes: the likeliest failure is asked before.
+        together(group, f"{self.id}: memory", self._check_memory)
         try:
             together(group, f"{self.id}: workspace", self._make_workspace)
         except UnavailableError:
@@ -148,19 +76,35 @@ class _FlashInfer(Backend):
         parameters = inspect.signature(self._comm.allreduce_fusion).parameters
         self.takes_weight_bias = "weight_bias" in parameters
 
-    def _make_workspace(self) -> None:
-        rows = self._elements // _WORKSPACE_ROW
+    def _workspace_rows(self) -> int:
+        rows = self._elements // WORKSPACE_ROW
         # Two-shot stages input and sum: 2 · message bytes in a buffer of world_size · elements ·
         # 2 bytes, whatever the dtype. Two ranks in fp32 need twice the rows for that.
         message_bytes = self._elements * ELEMENT_BYTES[self.max_shape.dtype]
-        staged = -(-message_bytes // (self.group.world_size * _WORKSPACE_ROW))
+        staged = -(-message_bytes // (self.group.world_size * WORKSPACE_ROW))
+        return rows if self.one_shot else max(rows, staged)
+
+    def _check_memory(self) -> None:
+        elements = self.group.world_size * self._workspace_rows() * WORKSPACE_ROW
+        # The staging buffer is of 2-byte words; the Lamport buffer has three turns of the dtype's.
+        needed = elements * (2 + 3 * ELEMENT_BYTES[self.max_shape.dtype])
+        free, _ = torch.cuda.mem_get_info(self.group.device)
+        if needed > free:
+            raise UnavailableError(
+                "the GPU has too little free memory for the workspace",
+                expected=f"{needed} bytes",
+                got=f"{free} bytes",
+                hint="Lower max_message_bytes, or leave flashinfer out.",
+            )
+
+    def _make_workspace(self) -> None:
         with torch.cuda.device(self.group.device):
             self._workspace = self._comm.create_allreduce_fusion_workspace(
                 backend="trtllm",
                 world_size=self.group.world_size,
                 rank=self.group.rank,
-                max_token_num=rows if self.one_shot else max(rows, staged),
-                hidden_dim=_WORKSPACE_ROW,
+                max_token_num=self._workspace_rows(),
+                hidden_dim=WORKSPACE_ROW,
                 dtype=getattr(torch, self.max_shape.dtype),
                 group=self.group.process_group,
             )
