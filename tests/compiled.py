@@ -15,17 +15,18 @@ import torch
 from fusewise.graph.fusion_pass import FusionPass
 from fusewise.node import probe
 from fusewise.profile import PathRecord, Profile, Provenance, Sample
-from fusewise.shape import DType
+from fusewise.shape import parse_dtype
 
 FUSED, UNFUSED = "shm.one_shot", "gloo + rms_norm"
 
 
 def boundary_profile(
-    last_fused: int, hidden_size: int, dtype: DType = "float32", world_size: int = 2
+    last_fused: int, hidden_size: int, dtype: str = "float32", *, faster_all_reduce: bool = False
 ) -> Profile:
-    """CPU ranks' profile in which fusing wins up to ``last_fused`` tokens and loses above.
+    """Two CPU ranks' profile in which fusing wins up to ``last_fused`` tokens and loses above.
 
-    0 for ``last_fused`` makes fusing lose everywhere.
+    0 for ``last_fused`` makes fusing lose everywhere; ``faster_all_reduce`` lets the plain
+    all-reduce through shared memory beat gloo's everywhere.
     """
     times = {last_fused: (10.0, 20.0), last_fused + 1: (20.0, 10.0)}
     samples = [
@@ -34,12 +35,23 @@ def boundary_profile(
         if tokens
         for path, time_us in zip((FUSED, UNFUSED), pair, strict=True)
     ]
+    if faster_all_reduce:
+        samples += [
+            Sample(
+                op="all_reduce",
+                path=path,
+                num_tokens=64,
+                hidden_size=hidden_size,
+                times_us=(time_us,),
+            )
+            for path, time_us in (("shm.one_shot", 10.0), ("gloo", 20.0))
+        ]
     return Profile(
         provenance=Provenance(
             origin="measured", source="made for a test", created="2026-01-01", fusewise="0"
         ),
-        fingerprint=probe(world_size, device_type="cpu"),
-        dtype=dtype,
+        fingerprint=probe(2, device_type="cpu"),
+        dtype=parse_dtype(dtype),
         baseline=UNFUSED,
         paths=(
             PathRecord(name=FUSED, provider="shm", fused=True),
