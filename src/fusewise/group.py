@@ -88,7 +88,7 @@ class Group:
         try:
             self._store.wait(keys, timedelta(seconds=self.timeout_s))
             arrived = [json.loads(self._store.get(key)) for key in keys]
-        except dist.DistError as error:
+        except RuntimeError as error:  # every store's own kind of timeout or broken connection
             missing = [self.ranks[r] for r, key in enumerate(keys) if not self._has(key)]
             raise RankTimeoutError(
                 f"{self}: waiting at {phase!r}",
@@ -107,7 +107,7 @@ class Group:
     def _has(self, key: str) -> bool:
         try:
             return bool(self._store.check([key]))
-        except dist.DistError:
+        except RuntimeError:  # the store itself is gone
             return False
 
     def broadcast(self, phase: str, value: Any) -> Any:

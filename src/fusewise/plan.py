@@ -73,10 +73,11 @@ def decide_points(
     profile: Profile, op: Op = "all_reduce_rms_norm", min_gain: float = MIN_GAIN
 ) -> dict[int, list[Point]]:
     """Every measured shape with its decision: hidden_size → points in ascending size."""
-    fused = {path.name for path in profile.paths if path.fused}
+    fusable = op == "all_reduce_rms_norm"  # of a bare all-reduce there is nothing to fuse
+    fused = {path.name for path in profile.paths if path.fused and fusable}
     decided: dict[int, list[Point]] = {}
     for hidden_size, rows in profile.points(op).items():
-        incumbent = profile.baseline if op == "all_reduce_rms_norm" else _bare(profile.baseline)
+        incumbent = profile.baseline if fusable else _bare(profile.baseline)
         points = []
         for shape, row in rows.items():
             point = _decide(shape, row, incumbent, fused, profile.deltas, min_gain)
@@ -164,7 +165,8 @@ def _table(profile: Profile, op: Op, hidden_size: int, points: list[Point]) -> T
 
 
 def _band_verdict(run: list[Point]) -> Verdict:
-    verdicts = {point.verdict for point in run}
+    """What its points say with one voice; ties among them are silent, contradictions are not."""
+    verdicts = {point.verdict for point in run} - {"inconclusive"}
     return verdicts.pop() if len(verdicts) == 1 else "inconclusive"
 
 

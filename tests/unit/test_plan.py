@@ -64,6 +64,14 @@ def test_a_path_measured_on_one_side_only_ends_at_the_next_measured_size() -> No
     assert plan.tables[0].bands[1].min_bytes == 262144
 
 
+def test_a_tie_inside_a_band_is_silent() -> None:
+    rows = {1: {FUSED: 5.0, UNFUSED: 8.0}, 64: {FUSED: 7.5, UNFUSED: 7.45}}
+    (table,) = derive(profile_of(rows, spread=0.0)).tables
+    assert (table.bands[0].end_bytes, table.bands[0].verdict) == (262145, "fuse")
+    tie_only = derive(profile_of({64: {FUSED: 7.5, UNFUSED: 7.45}}, spread=0.0)).tables[0]
+    assert tie_only.bands[0].verdict == "inconclusive"
+
+
 def test_an_unmeasured_hidden_size_asks_the_nearest() -> None:
     small, large = profile_of(CROSSING), profile_of(CROSSING, hidden_size=8192)
     both = small.model_copy(update={"samples": small.samples + large.samples})

@@ -130,7 +130,7 @@ def _decision(found: Resolution, op: Op, row: Shape, message_bytes: int) -> dict
     measured = band.origin != "engine default"
     facts |= {
         "path": band.path,
-        "verdict": band.verdict,
+        "verdict": band.verdict if op == "all_reduce_rms_norm" else None,
         "level": found.level if measured else "engine default",
         "origin": band.origin,
         "profile": found.where,

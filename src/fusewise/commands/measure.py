@@ -41,9 +41,10 @@ from fusewise.tuning.settings import (
     Settings,
 )
 
-MinOption = Annotated[str, typer.Option("--min", help="Smallest message.")]
+MinOption = Annotated[str, typer.Option("--min-bytes", "-b", help="Smallest message.")]
 MaxOption = Annotated[
-    str | None, typer.Option("--max", help="Largest message. Default: 64M on GPUs, 4M on CPUs.")
+    str | None,
+    typer.Option("--max-bytes", "-e", help="Largest message. Default: 64M on GPUs, 4M on CPUs."),
 ]
 RoundsOption = Annotated[int, typer.Option("--rounds", help="Interleaved rounds per size.")]
 

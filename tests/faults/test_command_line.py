@@ -1,0 +1,90 @@
+"""The command under fire: Ctrl-C, a killed rank, a killed supervisor. Nothing half, no orphan."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+TUNE = [
+    sys.executable, "-m", "fusewise", "tune", "--hidden", "2048", "--budget", "60s",
+    "--rounds", "201",
+]  # fmt: skip
+
+
+def _workers(home: Path) -> list[int]:
+    mark, found = f"FUSEWISE_HOME={home}".encode(), []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            zombie = (folder / "stat").read_text().rsplit(")", 1)[1].split()[0] == "Z"
+            ours = mark in (folder / "environ").read_bytes()
+            if ours and not zombie and b"fusewise.worker" in (folder / "cmdline").read_bytes():
+                found.append(int(folder.name))
+        except OSError:  # it ended meanwhile
+            continue
+    return sorted(found)
+
+
+def _measuring(home: Path) -> subprocess.Popen[str]:
+    """A tune that has started to measure."""
+    process = subprocess.Popen(
+        TUNE,
+        env=os.environ | {"FUSEWISE_HOME": str(home)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stderr is not None
+    for line in process.stderr:
+        if "all_reduce_rms_norm" in line:
+            return process
+    raise AssertionError(f"the tune ended early with {process.wait()}")
+
+
+def _end(process: subprocess.Popen[str]) -> tuple[int, str, str]:
+    out, err = process.communicate(timeout=60)
+    return process.returncode, out, err
+
+
+def _gone(home: Path) -> bool:
+    deadline = time.monotonic() + 20
+    while _workers(home) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return not _workers(home)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_means_130_no_profile_and_no_child(
+    number: signal.Signals, tmp_path: Path
+) -> None:
+    process = _measuring(tmp_path)
+    assert len(_workers(tmp_path)) == 2
+    process.send_signal(number)
+    code, out, err = _end(process)
+    assert (code, out) == (130, "")
+    assert "interrupted; nothing was written" in err
+    assert _gone(tmp_path)
+    assert not (tmp_path / "profiles").exists()
+
+
+def test_a_killed_rank_is_named_and_nothing_is_written(tmp_path: Path) -> None:
+    process = _measuring(tmp_path)
+    os.kill(_workers(tmp_path)[-1], signal.SIGKILL)
+    code, out, err = _end(process)
+    assert (code, out) == (4, "")
+    assert "was killed by SIGKILL" in err
+    assert "Nothing was written" in err
+    assert _gone(tmp_path)
+    assert not (tmp_path / "profiles").exists()
+
+
+def test_ranks_do_not_outlive_a_killed_supervisor(tmp_path: Path) -> None:
+    process = _measuring(tmp_path)
+    process.kill()
+    _end(process)
+    assert _gone(tmp_path)

@@ -1,0 +1,130 @@
+"""What a supervisor makes of ranks that die, stall, raise or finish."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fusewise.errors import InputError, RankError
+from fusewise.launch import Failure, run_attempt
+from fusewise.teams import Team, local_team
+from fusewise.tuning import supervise
+from fusewise.tuning.settings import Settings
+from tests.faults.jobs import FAKES
+
+TWO = Team(2, (0, 1), (0, 1), "cpu")
+
+
+def attempt(how: str) -> tuple[Any, list[tuple[int, dict[str, Any]]]]:
+    events: list[tuple[int, dict[str, Any]]] = []
+    outcome = run_attempt(
+        TWO, "tests.faults.jobs:misbehave", {"how": how}, lambda r, e: events.append((r, e))
+    )
+    return outcome, events
+
+
+def workers_alive() -> list[str]:
+    """Worker processes of this test run: they carry its pid in their environment."""
+    mark, found = f"FUSEWISE_TEST_RUN={os.getpid()}".encode(), []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if b"fusewise.worker" in (folder / "cmdline").read_bytes():
+                state = (folder / "stat").read_text().rsplit(")", 1)[1].split()[0]
+                if mark in (folder / "environ").read_bytes() and state != "Z":
+                    found.append(folder.name)
+        except OSError:  # it ended meanwhile
+            continue
+    return found
+
+
+@pytest.fixture(autouse=True)
+def _marked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FUSEWISE_TEST_RUN", str(os.getpid()))
+
+
+@pytest.mark.parametrize(
+    ("how", "kind", "reason"),
+    [
+        ("crash", "died", "was killed by SIGSEGV"),
+        ("exit", "died", "exited with 7"),
+        ("raise", "error", "failed with UnavailableError: no such thing. Do this."),
+        ("spin", "stalled", "made no progress in time"),
+    ],
+)
+def test_a_bad_rank_ends_the_attempt_with_its_name_phase_and_provider(
+    how: str, kind: str, reason: str
+) -> None:
+    outcome, _ = attempt(how)
+    failure = outcome.failure
+    assert failure is not None
+    assert (failure.rank, failure.kind, failure.phase) == (1, kind, "misbehave")
+    assert (failure.provider, failure.reason) == ("provider.x", reason)
+    assert workers_alive() == []
+
+
+def test_good_ranks_return_their_results_and_keep_stdout_clean(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    outcome, events = attempt("return")
+    assert outcome.failure is None
+    assert outcome.results == {0: "done", 1: "done"}
+    assert {rank for rank, _ in events} == {0, 1}
+    printed = capfd.readouterr()
+    assert printed.out == ""
+    assert "chatter on stdout" in printed.err
+    assert workers_alive() == []
+
+
+def failure(**changes: Any) -> Failure:
+    facts: dict[str, Any] = {
+        "rank": 1, "kind": "died", "phase": "p", "provider": "custom", "reason": "exited with 7",
+    }  # fmt: skip
+    return Failure(**(facts | changes))
+
+
+def test_a_provider_is_left_out_but_outside_kills_and_the_baseline_stop_the_tune() -> None:
+    assert supervise._culprit(failure()) == "custom"
+    assert supervise._culprit(failure(reason="was killed by SIGSEGV")) == "custom"
+    for other in (
+        {"reason": "was killed by SIGKILL"},
+        {"reason": "was killed by SIGTERM"},
+        {"provider": None},
+        {"provider": "nccl"},
+        {"provider": "gloo"},
+    ):
+        with pytest.raises(RankError, match=r"rank 1 .* at 'p'\. Nothing was written"):
+            supervise._culprit(failure(**other))
+
+
+def test_world_sizes_out_of_range_are_refused() -> None:
+    with pytest.raises(InputError, match="at least 1 rank"):
+        local_team(0)
+    assert local_team(None).world_size == 2
+    assert local_team(3).ranks == (0, 1, 2)
+
+
+SETTINGS = Settings("bfloat16", (64,), 1024, 4096, 10.0, rounds=5, timeout_s=20.0)
+
+
+def test_bad_providers_are_excluded_with_their_reasons_and_the_tune_goes_on() -> None:
+    events: list[dict[str, Any]] = []
+    document = supervise._until_done(
+        TWO, "tests.faults.jobs:tune_with_fakes", SETTINGS, events.append
+    )
+    profile = supervise.parse_profile(document, "the profile")
+    good = {"gloo + rms_norm", "shm.one_shot"}
+    assert {path.name for path in profile.paths} == good
+    assert {s.path for s in profile.samples if s.op == "all_reduce_rms_norm"} == good
+    reasons = {item.path: item.reason for item in profile.excluded}
+    assert reasons.keys() == FAKES.keys()
+    assert reasons["fake.crashes"] == "rank 1 was killed by SIGSEGV at 'build fake.crashes'"
+    # Rank 0 is as silent while it waits for the rank that spins; whichever is seen first is named.
+    assert "made no progress in time at 'verify fake.spins'" in reasons["fake.spins"]
+    assert "rank 1: RuntimeError: out of handles" in reasons["fake.fails"]
+    assert "differs between ranks" in reasons["fake.differs"]
+    assert "wrong elements by rank {0: 1, 1: 1}" in reasons["fake.lies"]
+    assert {e["backend"] for e in events if e["kind"] == "excluded"} == FAKES.keys()
+    assert workers_alive() == []
