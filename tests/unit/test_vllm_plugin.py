@@ -1,0 +1,261 @@
+"""The plugin inside vLLM's own sources: what arrives in vLLM's config, for 0.22.1 and 0.33.0.
+
+One process per version runs every scenario (``tests/vllm_simulation.py`` says what is real in it).
+Skipped where ``tests/vllm_sources.py`` has not fetched the sources.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+TESTS = Path(__file__).resolve().parents[1]
+SOURCES = TESTS.parent / ".cache" / "vllm-sources"
+VERSIONS = ("0.22.1", "0.33.0")
+KIB, MIB = 2**10, 2**20
+
+NCCL_ON = {"environ": {"VLLM_USE_NCCL_SYMM_MEM": "1"}}
+SCENARIOS: dict[str, dict[str, Any]] = {
+    "seed": {},
+    "seed, hidden 4096": {"hidden_size": 4096},
+    "seed, hidden 7168": {"hidden_size": 7168},
+    "no multicast": {"multicast": False},
+    "nccl symmetric memory": NCCL_ON,
+    "nccl symmetric memory, no multicast": {**NCCL_ON, "multicast": False},
+    "user's cap": {"field_mb": 0.375},
+    "off": {"environ": {"FUSEWISE_VLLM": "off"}},
+    "unknown mode": {"environ": {"FUSEWISE_VLLM": "on"}},
+    "loaded twice": {"loads": 2},
+    "tp 1": {"world_size": 1},
+    "tp 2": {"world_size": 2},
+    "tp 2, losing": {"world_size": 2, "multicast": False, "profile": "losing"},
+    "tp 2, never winning": {"world_size": 2, "multicast": False, "profile": "never"},
+    "full": {"world_size": 2, "multicast": False, "profile": "native",
+             "environ": {"FUSEWISE_VLLM": "full"}},
+    "full without native": {"environ": {"FUSEWISE_VLLM": "full"}},
+    "no flashinfer": {"flashinfer": False},
+    "unknown version": {"version": "0.99.0"},
+    "changed table": {"live_cap_mb": 0.75},
+    "moved seam": {"moved": "no_such_thing"},
+    "probe fails": {"probe_fails": True},
+    "two nodes": {"nodes": 2},
+    "broken profile": {"profile": "broken"},
+    "profile named but missing": {"environ": {"FUSEWISE_PROFILE": "/nowhere/profile.json"}},
+    "another GPU": {"sm": 100},
+    "no fusion on it": {"sm": 80},
+}  # fmt: skip
+
+
+def _profile_text(kind: str) -> str:
+    """A stored profile of the simulated two-rank node."""
+    if kind == "broken":
+        return '{"schema_version": 1, "provenance": {'
+    fused = {"losing": 50.0, "never": 50.0, "native": 50.0}[kind]
+    sizes = [4 * MIB, 8 * MIB, 64 * MIB]
+    samples = []
+    for size in sizes:
+        tokens = size // 4096
+        wins = kind != "never" and size == 4 * MIB
+        flash = "flashinfer.one_shot" if size <= 32 * MIB else "flashinfer.two_shot"
+        own = "custom + rms_norm" if size < 8 * MIB else "nccl + rms_norm"
+        times = {flash: 30.0 if wins else fused, own: 40.0}
+        if kind == "native":
+            times["native.one_shot"] = 20.0 if size <= 8 * MIB else 45.0
+        samples += [
+            {"path": p, "num_tokens": tokens, "hidden_size": 2048, "times_us": [t] * 3}
+            for p, t in times.items()
+        ]
+    names = sorted({str(s["path"]) for s in samples})
+    paths = [{"name": n, "provider": "test", "fused": "rms_norm" not in n} for n in names]
+    mark = {"device_type": "cuda", "device": "NVIDIA H200", "sm": 90, "world_size": 2,
+            "fabric": "nv18", "flashinfer": "0.6.11.post2"}  # fmt: skip
+    head = {"origin": "measured", "source": "test", "created": "2026-01-01", "fusewise": "0"}
+    return json.dumps({
+        "schema_version": 1, "provenance": head, "fingerprint": mark, "dtype": "bfloat16",
+        "baseline": "nccl + rms_norm", "paths": paths, "samples": samples,
+    })  # fmt: skip
+
+
+def _homes(folder: Path) -> dict[str, str]:
+    """kind → a FUSEWISE_HOME that holds that profile under the node's name."""
+    from fusewise.node import Fingerprint
+    from fusewise.profile import profile_file_name
+
+    homes = {}
+    for kind, world_size, multicast in [
+        ("losing", 2, False), ("never", 2, False), ("native", 2, False), ("broken", 8, True),
+    ]:  # fmt: skip
+        node = Fingerprint(
+            device_type="cuda", device="NVIDIA H200", sm=90, world_size=world_size,
+            fabric="nv18", multicast=multicast,
+        )  # fmt: skip
+        home = folder / kind / "profiles"
+        home.mkdir(parents=True, mode=0o700)
+        name = profile_file_name(node, "bfloat16")
+        (home / name).write_text(_profile_text(kind), encoding="utf-8")
+        homes[kind] = str(home.parent)
+    return homes
+
+
+@pytest.fixture(scope="module", params=VERSIONS)
+def outcome(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """name → result of every scenario, under one version's sources."""
+    version: str = request.param
+    if not (SOURCES / version / ".complete").exists():
+        pytest.skip(f"vLLM {version}'s sources are not here: python tests/vllm_sources.py")
+    folder = tmp_path_factory.mktemp("homes")
+    homes = _homes(folder)
+    asked = []
+    for scenario in SCENARIOS.values():
+        entry = {**scenario}
+        home = homes.get(str(entry.get("profile")), str(folder / "empty"))
+        entry["environ"] = {"FUSEWISE_HOME": home, **entry.get("environ", {})}
+        asked.append(entry)
+    path = os.pathsep.join([str(SOURCES / version), str(TESTS.parent / "src")])
+    done = subprocess.run(
+        [sys.executable, str(TESTS / "vllm_simulation.py")],
+        input=json.dumps(asked), capture_output=True, text=True, timeout=110, check=False,
+        env={**os.environ, "PYTHONPATH": path, "VLLM_PLUGINS": "fusewise"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    results = json.loads(done.stdout.splitlines()[-1])
+    return {"version": version, **dict(zip(SCENARIOS, results, strict=True))}
+
+
+@pytest.mark.parametrize(
+    ("name", "cap", "tokens"),
+    [
+        ("seed", 262144, 64),
+        ("seed, hidden 4096", 262144, 32),
+        ("seed, hidden 7168", 262144, 18),
+        ("no multicast", 524288, 128),
+        ("nccl symmetric memory", 131072, 32),
+        ("nccl symmetric memory, no multicast", 131072, 32),
+        ("tp 2", 64 * MIB, None),
+        ("tp 2, losing", 4 * MIB, 1024),
+        ("full without native", 262144, 64),
+    ],
+)
+def test_the_cap_arrives_in_vllms_config(
+    outcome: Any, name: str, cap: int, tokens: int | None
+) -> None:
+    result = outcome[name]
+    assert result["cap_bytes"] == cap
+    assert result["endpoints"] == ([tokens] if tokens else []) + [8192]
+    assert result["fuses"]
+    assert len([line for line in result["log"] if line.startswith("INFO")]) == 1
+
+
+def test_the_log_names_old_new_reason_and_profile(outcome: Any) -> None:
+    (line,) = outcome["seed"]["log"]
+    for words in ("512K -> 256K", "1.87 µs", "multimem", "packaged profile nvidia-h200-tp8"):
+        assert words in line
+    assert ("mnnvl" in line) == (outcome["version"] == "0.33.0")
+    assert "stays 512K" in outcome["no multicast"]["log"][0]
+    assert "by rule" in outcome["nccl symmetric memory"]["log"][0]
+
+
+def test_a_users_setting_wins_and_is_named(outcome: Any) -> None:
+    result = outcome["user's cap"]
+    assert result["field_mb"] == 0.375
+    assert result["endpoints"] == [96, 8192]
+    assert result["mark"] is None
+    assert "0.375 MB" in result["log"][0]
+
+
+def test_plain_flashinfer_reads_the_lowered_table_in_a_worker(outcome: Any) -> None:
+    assert outcome["seed"]["plain_flashinfer_mb"] == 0.25
+    assert outcome["no multicast"]["plain_flashinfer_mb"] == 0.5
+    assert outcome["user's cap"]["plain_flashinfer_mb"] == 0.5
+    assert outcome["off"]["plain_flashinfer_mb"] == 0.5
+
+
+def test_off_changes_nothing(outcome: Any) -> None:
+    result = outcome["off"]
+    assert (result["wrappers"], result["log"], result["mark"]) == (0, [], None)
+    assert result["endpoints"] == [128, 8192]
+
+
+def test_loaded_twice_is_loaded_once(outcome: Any) -> None:
+    assert outcome["loaded twice"]["wrappers"] == 1
+    assert outcome["loaded twice"]["cap_bytes"] == 262144
+
+
+@pytest.mark.parametrize("name", ["tp 1", "no flashinfer", "no fusion on it"])
+def test_silent_where_vllm_does_not_fuse(outcome: Any, name: str) -> None:
+    result = outcome[name]
+    assert result["log"] == []
+    assert (result["field_mb"], result["mark"]) == (None, None)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("unknown mode", "expected cap, full, off"),
+        ("unknown version", "0.99.0"),
+        ("changed table", "not the one known"),
+        ("moved seam", "no_such_thing"),
+        ("probe fails", "could not be probed"),
+        ("two nodes", "one node"),
+    ],
+)
+def test_one_line_and_vllm_as_it_was(outcome: Any, name: str, words: str) -> None:
+    result = outcome[name]
+    assert len(set(result["log"])) == 1
+    assert result["log"][0].startswith("WARNING")
+    assert words in result["log"][0]
+    assert (result["field_mb"], result["mark"]) == (None, None)
+    assert result["fuses"]
+
+
+@pytest.mark.parametrize("name", ["broken profile", "profile named but missing"])
+def test_a_bad_profile_is_named_and_passed_over(outcome: Any, name: str) -> None:
+    result = outcome[name]
+    assert result["cap_bytes"] == 262144  # the packaged profile, or the rule
+    assert [line.split()[0] for line in result["log"]] == ["WARNING", "INFO"]
+    assert "profile" in result["log"][0]
+
+
+def test_a_cap_of_nothing_turns_the_fusion_off(outcome: Any) -> None:
+    result = outcome["tp 2, never winning"]
+    assert not result["fuses"]
+    assert result["endpoints"] == [8192]
+    assert "nothing fused" in result["log"][0]
+
+
+def test_full_mode_marks_the_config_for_the_workers(outcome: Any) -> None:
+    full = outcome["full"]
+    assert full["mark"] == {"mode": "full", "cap_mb": full["cap_bytes"] / MIB}
+    assert 8 * MIB <= full["cap_bytes"] < 64 * MIB  # native wins to 8 MiB, NCCL at 64
+    assert full["plain_flashinfer_mb"] == 64  # full mode routes plain all-reduces itself
+    without = outcome["full without native"]
+    assert without["mark"]["mode"] == "cap"
+    assert "native" in without["log"][0]
+
+
+def test_blackwell_keeps_its_cap(outcome: Any) -> None:
+    assert outcome["another GPU"]["cap_bytes"] == 1 * MIB
+
+
+def test_the_mark_is_no_part_of_vllms_hash(outcome: Any) -> None:
+    results = [r for r in outcome.values() if isinstance(r, dict)]
+    assert all(r["hash_is_the_fields"] and r["table_intact"] for r in results)
+
+
+def test_importing_the_entry_point_imports_neither_vllm_nor_torch() -> None:
+    assert importlib.util.find_spec("fusewise.integrations.vllm") is not None
+    code = (
+        "import sys; import fusewise.integrations.vllm; "
+        "print([m for m in ('torch', 'vllm', 'numpy', 'pydantic') if m in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,265 @@
+"""Runs vLLM's own config code without a GPU, scenario by scenario; one process per version.
+
+Real: the wheel's Python sources, vLLM's plugin loader, ``VllmConfig`` with its whole construction,
+``PassConfig``, the fusion table, FlashInfer's plain all-reduce reading it. Simulated: the GPU
+(a subclass of vLLM's CUDA platform that answers capability and count), our node probe, and the
+imports below, which nothing under test uses: vLLM's compiled parts, its executors and serving
+libraries that are not installed here.
+
+Usage: ``python vllm_simulation.py`` with the sources on ``PYTHONPATH`` and a JSON list of scenarios
+on stdin; the last line printed is a JSON list of results. See ``Scenario`` for the fields.
+"""
+
+from __future__ import annotations
+
+import importlib.abc
+import importlib.machinery
+import importlib.metadata
+import json
+import logging
+import os
+import pickle
+import sys
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+_ABSENT = (
+    "vllm._C", "vllm._C_stable_libtorch", "vllm.v1.executor", "vllm.distributed.kv_transfer",
+    "aiohttp", "cachetools", "cbor2", "cloudpickle", "cpuinfo", "gguf", "mistral_common", "msgspec",
+    "openai", "openai_harmony", "opentelemetry", "pybase64", "requests", "sentencepiece", "urllib3",
+    "uvloop", "xxhash", "zmq",
+)  # fmt: skip
+
+
+# Operators of vLLM's compiled parts that the fusion passes name when they are imported.
+_OPERATORS = (
+    "dynamic_per_token_scaled_fp8_quant", "dynamic_scaled_fp8_quant", "fused_add_rms_norm",
+    "fused_add_rms_norm_static_fp8_quant", "per_token_group_fp8_quant",
+    "rms_norm_dynamic_per_token_quant", "rms_norm_per_block_quant", "rms_norm_static_fp8_quant",
+    "rotary_embedding", "silu_and_mul", "static_scaled_fp8_quant",
+)  # fmt: skip
+
+
+class _Absent(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Stands in for modules that are not here."""
+
+    def find_spec(self, fullname: str, path: Any, target: Any = None) -> Any:
+        if any(fullname == name or fullname.startswith(f"{name}.") for name in _ABSENT):
+            return importlib.machinery.ModuleSpec(fullname, self, is_package=True)
+        return None
+
+    def create_module(self, spec: Any) -> Any:
+        module = mock.MagicMock(name=spec.name)
+        module.__path__, module.__spec__, module.__name__ = [], spec, spec.name
+        return module
+
+    def exec_module(self, module: Any) -> None:
+        pass
+
+
+@dataclass
+class Scenario:
+    """One start of vLLM. ``field_mb``: the user's own cap. ``probe_fails``: our probe raises."""
+
+    environ: dict[str, str] = field(default_factory=dict)
+    sm: int = 90
+    world_size: int = 8
+    multicast: bool = True
+    nodes: int = 1
+    hidden_size: int = 2048
+    max_tokens: int = 8192
+    field_mb: float | None = None
+    flashinfer: bool = True
+    loads: int = 1
+    version: str | None = None
+    live_cap_mb: float | None = None
+    probe_fails: bool = False
+    profile: str | None = None
+    moved: str | None = None
+
+
+class _Lines(logging.Handler):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(f"{record.levelname} {record.getMessage()}")
+
+
+NODE = SimpleNamespace(sm=90, count=8)
+
+
+def prepare() -> None:
+    """Imports vLLM's config with a Hopper or Blackwell platform that needs no driver."""
+    import torch
+
+    sys.meta_path.insert(0, _Absent())
+    for operator in _OPERATORS:
+        setattr(torch.ops._C, operator, mock.MagicMock(name=operator))
+    import vllm.platforms as platforms
+    from vllm.platforms.cuda import CudaPlatformBase
+    from vllm.platforms.interface import DeviceCapability
+
+    class Simulated(CudaPlatformBase):
+        @classmethod
+        def get_device_capability(cls, device_id: int = 0) -> Any:
+            return DeviceCapability(NODE.sm // 10, NODE.sm % 10)
+
+        @classmethod
+        def device_count(cls) -> int:
+            return int(NODE.count)
+
+        @classmethod
+        def get_device_name(cls, device_id: int = 0) -> str:
+            return "NVIDIA H200"
+
+        @classmethod
+        def get_device_total_memory(cls, device_id: int = 0) -> int:
+            return 141 * 2**30
+
+    platforms._current_platform = Simulated()
+    import vllm.config  # noqa: F401
+
+
+def run(scenario: Scenario) -> dict[str, Any]:
+    """The config vLLM ends up with, what our log says, and what a worker would read."""
+    import vllm.plugins
+    from vllm.config.vllm import VllmConfig
+    from vllm.distributed.device_communicators.cuda_communicator import CudaCommunicator
+
+    NODE.sm, NODE.count = scenario.sm, max(8, scenario.world_size)
+    places = [(VllmConfig, "_set_compile_ranges"), (CudaCommunicator, "__init__")]
+    originals = [getattr(owner, name) for owner, name in places]
+    lines = _Lines()
+    log = logging.getLogger("vllm.plugins.fusewise")
+    log.addHandler(lines)
+    log.setLevel(logging.INFO)
+    try:
+        with mock.patch.dict(os.environ, scenario.environ), _pretences(scenario):
+            for _ in range(scenario.loads):
+                vllm.plugins.plugins_loaded = False
+                vllm.plugins.load_general_plugins()
+            depth = _wrappers(VllmConfig._set_compile_ranges)
+            result = _configure(scenario)
+    finally:
+        log.removeHandler(lines)
+        for (owner, name), original in zip(places, originals, strict=True):
+            setattr(owner, name, original)
+    return {**result, "wrappers": depth, "log": lines.lines}
+
+
+def _wrappers(function: Any) -> int:
+    depth = 0
+    while hasattr(function, "__wrapped__"):
+        function, depth = function.__wrapped__, depth + 1
+    return depth
+
+
+def _pretences(scenario: Scenario) -> Any:
+    """What stands between the plugin and this machine."""
+    import contextlib
+
+    from fusewise.errors import UnavailableError
+    from fusewise.integrations import vllm_cap, vllm_seams
+    from fusewise.node import Fingerprint
+
+    def probe(world_size: int) -> Fingerprint:
+        if scenario.probe_fails:
+            raise UnavailableError("the node could not be probed", got="a test")
+        return Fingerprint(
+            device_type="cuda", device="NVIDIA H200", sm=scenario.sm, world_size=world_size,
+            nodes=scenario.nodes, fabric="nv18", multicast=scenario.multicast,
+            flashinfer="0.6.11.post2",
+        )  # fmt: skip
+
+    real = importlib.metadata.version
+
+    def version(name: str) -> str:
+        return scenario.version if name == "vllm" and scenario.version else real(name)
+
+    stack = contextlib.ExitStack()
+    stack.enter_context(mock.patch.object(vllm_cap, "probe_apart", probe))
+    stack.enter_context(mock.patch.object(importlib.metadata, "version", version))
+    has = mock.patch("vllm.utils.flashinfer.has_flashinfer", lambda: scenario.flashinfer)
+    stack.enter_context(has)
+    if scenario.moved:
+        kept = (*vllm_seams.CONFIG_SEAMS, vllm_seams.Seam("a test", "vllm", scenario.moved))
+        stack.enter_context(mock.patch.object(vllm_seams, "CONFIG_SEAMS", kept))
+    return stack
+
+
+def _configure(scenario: Scenario) -> dict[str, Any]:
+    from vllm.compilation.passes.fusion import allreduce_rms_fusion
+    from vllm.config import CompilationConfig, ParallelConfig, VllmConfig
+    from vllm.config.compilation import PassConfig
+
+    table = allreduce_rms_fusion.FI_ALLREDUCE_FUSION_MAX_SIZE_MB
+    kept = {sm: dict(row) for sm, row in table.items()}
+    if scenario.live_cap_mb is not None:
+        table[scenario.sm][scenario.world_size] = scenario.live_cap_mb
+    try:
+        config = VllmConfig(
+            parallel_config=ParallelConfig(
+                tensor_parallel_size=scenario.world_size, distributed_executor_backend="mp"
+            ),
+            compilation_config=CompilationConfig(
+                pass_config=PassConfig(fi_allreduce_fusion_max_size_mb=scenario.field_mb)
+            ),
+        )
+        # VllmConfig was built whole, without a model: building a ModelConfig needs the model's
+        # code. What follows is vLLM's own last step once more, with a model's two facts.
+        _give_model(config, scenario)
+        config._set_compile_ranges()
+        return _facts(config, scenario, table)
+    finally:
+        table.clear()
+        table.update(kept)
+
+
+def _give_model(config: Any, scenario: Scenario) -> None:
+    import torch
+
+    config.model_config = SimpleNamespace(
+        dtype=torch.bfloat16, get_hidden_size=lambda: scenario.hidden_size
+    )
+    config.scheduler_config.max_num_batched_tokens = scenario.max_tokens
+    config.compilation_config.compile_ranges_endpoints = None
+
+
+def _facts(config: Any, scenario: Scenario, table: Any) -> dict[str, Any]:
+    from fusewise.integrations import vllm_cap, vllm_seams
+
+    passes = config.compilation_config.pass_config
+    shipped = pickle.loads(pickle.dumps(passes))  # as vLLM ships it to its workers
+    worker = SimpleNamespace(
+        compilation_config=SimpleNamespace(pass_config=shipped),
+        parallel_config=config.parallel_config,
+    )
+    vllm_cap.lower_table(worker)
+    plain = passes.default_fi_allreduce_fusion_max_size_mb().get(scenario.world_size)
+    return {
+        "field_mb": passes.fi_allreduce_fusion_max_size_mb,
+        "cap_bytes": passes.flashinfer_max_size(scenario.world_size),
+        "fuses": bool(passes.fuse_allreduce_rms),
+        "endpoints": config.compilation_config.compile_ranges_endpoints,
+        "mark": getattr(shipped, vllm_seams.MARK, None),
+        "plain_flashinfer_mb": plain,
+        "hash_is_the_fields": passes.compute_hash() == shipped.compute_hash(),
+        "table_intact": set(table) >= {90, 100},
+    }
+
+
+def main() -> int:
+    prepare()
+    results = []
+    for entry in json.load(sys.stdin):
+        results.append(run(Scenario(**entry)))
+    print(json.dumps(results))  # the last line; vLLM logs above it
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

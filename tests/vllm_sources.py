@@ -1,0 +1,191 @@
+"""Fetches vLLM wheels with pip and keeps their Python sources, for the tests of the plugin.
+
+    python tests/vllm_sources.py            # the two versions the plugin is run against
+    python tests/vllm_sources.py --all      # every release whose seams are recorded
+    python tests/vllm_sources.py --record   # writes tests/data/vllm_seams.json anew from --all
+
+A wheel is some 300 MB, of which the sources kept under .cache/vllm-sources are a tenth; it is
+removed once unpacked. Released wheels do not change, so what was unpacked once stays.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import json
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+FOLDER = ROOT / ".cache" / "vllm-sources"
+RECORD = ROOT / "tests" / "data" / "vllm_seams.json"
+RUN_AGAINST = ("0.22.1", "0.33.0")
+RELEASES = (
+    "0.20.0", "0.21.0", "0.22.1", "0.23.0", "0.24.0", "0.25.0", "0.26.0",
+    "0.27.0", "0.28.0", "0.29.0", "0.30.0", "0.31.0", "0.32.0", "0.33.0",
+)  # fmt: skip
+DOWNLOAD_TIMEOUT_S = 600
+
+_COMMUNICATORS = "distributed/device_communicators"
+_FUSION = "compilation/passes/fusion/allreduce_rms_fusion.py"
+# Our name in thresholds' tables → where vLLM keeps it.
+TABLES = {
+    "fusion": (_FUSION, "FI_ALLREDUCE_FUSION_MAX_SIZE_MB"),
+    "one_shot": (_FUSION, "_FI_ALLREDUCE_ONE_SHOT_MAX_SIZES_MB"),
+    "custom": (f"{_COMMUNICATORS}/all_reduce_utils.py", "CUSTOM_ALL_REDUCE_MAX_SIZES"),
+    "symm_mem": (f"{_COMMUNICATORS}/all_reduce_utils.py", "SYMM_MEM_ALL_REDUCE_MAX_SIZES"),
+    "nccl_symm": (f"{_COMMUNICATORS}/all_reduce_utils.py", "NCCL_SYMM_MEM_ALL_REDUCE_CONFIG"),
+    "mnnvl": (f"{_COMMUNICATORS}/all_reduce_utils.py", "FI_MNNVL_ALLREDUCE_MAX_SIZE_MB"),
+    "multimem": (f"{_COMMUNICATORS}/symm_mem.py", "_WORLD_SIZES_MULTIMEM"),
+    "flashinfer_default": ("envs.py", "VLLM_ALLREDUCE_USE_FLASHINFER"),
+}
+# What CudaCommunicator.all_reduce asks, by the call that asks it.
+_QUESTIONS = {
+    "should_nccl_symm_mem_allreduce": "nccl_symm",
+    "should_use_fi_ar": "flashinfer",
+    "should_custom_ar": "custom",
+    "should_use_symm_mem": "symm_mem",
+}
+
+
+def unpacked(version: str) -> Path | None:
+    """The folder that holds a version's ``vllm`` package, or None when it was not fetched."""
+    folder = FOLDER / version
+    return folder if (folder / ".complete").exists() else None
+
+
+def fetch(version: str) -> None:
+    """Downloads one wheel with pip and unpacks its Python files."""
+    if unpacked(version):
+        return
+    folder = FOLDER / version
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    with tempfile.TemporaryDirectory(dir=FOLDER) as scratch:
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
+        command += ["--disable-pip-version-check", "--no-cache-dir", "--only-binary", ":all:"]
+        command += ["--dest", scratch, f"vllm=={version}"]
+        subprocess.run(command, check=True, timeout=DOWNLOAD_TIMEOUT_S)
+        (wheel,) = Path(scratch).glob("*.whl")
+        with zipfile.ZipFile(wheel) as archive:
+            wanted = [n for n in archive.namelist() if n.endswith((".py", "dist-info/METADATA"))]
+            archive.extractall(folder, wanted)
+    (folder / ".complete").touch()
+
+
+def facts(package: Path, seams: dict[str, str]) -> dict[str, Any]:
+    """What the tests compare, read from the sources without importing them.
+
+    Args:
+        package: a ``vllm`` folder.
+        seams: seam's key → ``module:qualified.name``.
+    """
+    return {
+        "seams": {key: _signature(package, place) for key, place in seams.items()},
+        "tables": {key: _table(package / file, name) for key, (file, name) in TABLES.items()},
+        "dispatch": _dispatch(package / _COMMUNICATORS / "cuda_communicator.py"),
+        "prefers_mnnvl": "allow_trtllm_fallback"
+        in (package / _COMMUNICATORS / "flashinfer_all_reduce.py").read_text("utf-8"),
+        "fused_call": _fused_call(package / _FUSION),
+    }
+
+
+def _signature(package: Path, place: str) -> list[str] | str | None:
+    """Parameters of a function, ``"value"`` for anything else of that name, None when absent."""
+    module, name = place.split(":")
+    file = package.parent / (module.replace(".", "/") + ".py")
+    if not file.exists():
+        return None
+    found: Any = ast.parse(file.read_text("utf-8"))
+    for part in name.split("."):
+        found = next((n for n in ast.walk(found) if _defines(n, part)), None)
+        if found is None:
+            return None
+    if not isinstance(found, ast.FunctionDef):
+        return "value"
+    return [a.arg for a in (*found.args.posonlyargs, *found.args.args, *found.args.kwonlyargs)]
+
+
+def _defines(node: ast.AST, name: str) -> bool:
+    if isinstance(node, ast.FunctionDef | ast.ClassDef):
+        return node.name == name
+    targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+    return isinstance(node, ast.Assign | ast.AnnAssign) and any(
+        isinstance(t, ast.Name) and t.id == name for t in targets
+    )
+
+
+def _table(file: Path, name: str) -> Any:
+    """A table's value with its keys as text, as JSON keeps them; None when absent."""
+    tree = ast.parse(file.read_text("utf-8"))
+    node: Any = next((n for n in ast.walk(tree) if _defines(n, name)), None)
+    if node is None:
+        return None
+    sizes = {"KiB": 2**10, "MiB": 2**20}
+    return _plain(eval(compile(ast.Expression(node.value), str(file), "eval"), sizes))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _dispatch(file: Path) -> list[str]:
+    text = file.read_text("utf-8")
+    body = re.search(r"\n    def all_reduce\(.*?(?=\n    def )", text, re.DOTALL)
+    assert body is not None, file
+    asked = re.findall("|".join(_QUESTIONS), body[0])
+    return [_QUESTIONS[question] for question in asked]
+
+
+def _fused_call(file: Path) -> list[list[str]]:
+    """Keyword names of every ``flashinfer_comm.allreduce_fusion(...)``, positional ones as *."""
+    calls = [n for n in ast.walk(ast.parse(file.read_text("utf-8"))) if isinstance(n, ast.Call)]
+    fused = [c for c in calls if ast.unparse(c.func) == "flashinfer_comm.allreduce_fusion"]
+    return [["*"] * len(c.args) + [str(k.arg) for k in c.keywords] for c in fused]
+
+
+def seam_places() -> dict[str, str]:
+    """The plugin's seams: name → ``module:qualified.name``."""
+    from fusewise.integrations import vllm_seams
+
+    seams = (
+        *vllm_seams.CONFIG_SEAMS,
+        *vllm_seams.WORKER_SEAMS,
+        vllm_seams.TABLE_SEAM,
+        vllm_seams.FUSED_SEAM,
+    )
+    return {seam.name: f"{seam.module}:{seam.name}" for seam in seams}
+
+
+def record() -> dict[str, Any]:
+    """The facts of every release, all of which must be unpacked."""
+    return {v: facts(FOLDER / v / "vllm", seam_places()) for v in RELEASES if unpacked(v)}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--all", action="store_true", help="every release with recorded seams")
+    parser.add_argument("--record", action="store_true", help="write the record of all anew")
+    asked = parser.parse_args()
+    for version in RELEASES if asked.all or asked.record else RUN_AGAINST:
+        try:
+            fetch(version)
+        except (subprocess.SubprocessError, OSError) as error:
+            print(f"vLLM {version} could not be fetched, its tests will be skipped: {error}")
+    if asked.record:
+        RECORD.parent.mkdir(exist_ok=True)
+        lines = [f' "{version}": {json.dumps(entry)}' for version, entry in record().items()]
+        RECORD.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
