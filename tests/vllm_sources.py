@@ -49,7 +49,7 @@ TABLES = {
 _QUESTIONS = {
     "should_nccl_symm_mem_allreduce": "nccl_symm",
     "should_use_fi_ar": "flashinfer",
-    "should_custom_ar": "custom",
+    "ca_comm.should_custom_ar": "custom",
     "should_use_symm_mem": "symm_mem",
 }
 
@@ -141,7 +141,7 @@ def _dispatch(file: Path) -> list[str]:
     text = file.read_text("utf-8")
     body = re.search(r"\n    def all_reduce\(.*?(?=\n    def )", text, re.DOTALL)
     assert body is not None, file
-    asked = re.findall("|".join(_QUESTIONS), body[0])
+    asked = re.findall("|".join(map(re.escape, _QUESTIONS)), body[0])
     return [_QUESTIONS[question] for question in asked]
 
 
