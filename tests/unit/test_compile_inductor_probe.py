@@ -1,0 +1,107 @@
+"""An Inductor that is not as we know it: one clear message, and the model keeps working."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch._inductor.codecache  # binds the real class before a test replaces it
+from torch._inductor import config, custom_graph_pass
+
+from fusewise.errors import InputError, UnavailableError
+from fusewise.graph import inductor
+from fusewise.graph.api import compile as compile_model
+from fusewise.graph.api import fusion_pass
+from fusewise.graph.fusion_pass import FusionPass
+from fusewise.graph.inductor import HOOK, PassChain, options_with
+
+
+class OtherPass(custom_graph_pass.CustomGraphPass):
+    def __init__(self) -> None:
+        self.ran: list[Any] = []
+
+    def __call__(self, graph: torch.fx.Graph) -> None:
+        self.ran.append(graph)
+
+    def uuid(self) -> str:
+        return "other"
+
+
+class OldGraphPass:
+    def __call__(self, graph: torch.fx.Graph, is_inference: bool) -> None: ...
+
+
+def _has_another_class(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(custom_graph_pass, "CustomGraphPass", OldGraphPass)
+
+
+def _calls_passes_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        custom_graph_pass.CustomGraphPass, "__call__", lambda self, graph, is_inference: None
+    )
+
+
+def _lacks_the_hook(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inductor, "HOOK", "post_grad_hook_of_the_future")
+
+
+UNKNOWN = (_has_another_class, _calls_passes_otherwise, _lacks_the_hook)
+
+
+@pytest.mark.parametrize("change", UNKNOWN)
+def test_an_unknown_api_is_refused_and_named(change: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    change(monkeypatch)
+    with pytest.raises(UnavailableError, match=r"cannot be installed in this torch: expected .+"):
+        fusion_pass()
+
+
+@pytest.mark.parametrize("change", UNKNOWN)
+def test_the_model_still_compiles_and_runs(change: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    change(monkeypatch)
+    with pytest.warns(RuntimeWarning, match="compiled without fusewise") as told:
+        compiled = compile_model(lambda x: x + 1, backend="eager")
+    assert len(told) == 1
+    assert compiled(torch.zeros(2)).tolist() == [1.0, 1.0]
+
+
+def test_this_torch_is_known() -> None:
+    assert inductor.missing_feature() is None
+
+
+def test_the_pass_counts_as_inductors_own() -> None:
+    inductor.require()
+    fusion = FusionPass("0", {})
+    assert isinstance(fusion, custom_graph_pass.CustomGraphPass)
+    assert fusion.uuid()
+
+
+def test_a_pass_that_was_there_before_still_runs_first() -> None:
+    fusion, other = FusionPass("0", {}), OtherPass()
+    chain = options_with(fusion, {HOOK: other})[HOOK]
+    assert isinstance(chain, PassChain)
+    assert chain.passes == (other, fusion)
+    assert chain.uuid() == ("other", fusion.uuid())
+    graph = torch.fx.Graph()
+    chain(graph)
+    assert other.ran == [graph] and fusion.graphs == 1
+
+
+def test_a_pass_set_in_the_global_configuration_stays() -> None:
+    fusion, other = FusionPass("0", {}), OtherPass()
+    with config.patch({HOOK: [other]}):
+        assert options_with(fusion, {})[HOOK].passes == (other, fusion)
+
+
+def test_beside_a_pass_without_a_uuid_nothing_is_cached() -> None:
+    assert PassChain([lambda graph: None, FusionPass("0", {})]).uuid() is None
+
+
+def test_other_options_stay() -> None:
+    fusion = FusionPass("0", {})
+    assert options_with(fusion, {"max_autotune": True}) == {"max_autotune": True, HOOK: fusion}
+
+
+def test_a_pass_and_a_profile_exclude_each_other() -> None:
+    with pytest.raises(InputError, match="already has its group"):
+        compile_model(lambda x: x, fusion=FusionPass("0", {}), profile="nvidia-h200-tp8")
