@@ -13,17 +13,39 @@ from fusewise.kernels.config import Instance, bound
 pytest.importorskip("cuda.core", reason='needs pip install "fusewise[cuda]"')
 
 ARCHITECTURES = (80, 90, 100)
-ONE_SHOT = [
+# Every kernel file, element type, world size, vector count and kind of output once.
+INSTANCES = [
     bound(Instance("one_shot", "bfloat16", 2), 256),
     bound(Instance("one_shot", "float16", 4, vectors=2, output="kTokenFp8"), 512),
     bound(Instance("one_shot", "float32", 8, vectors=4, output="kGroupFp8"), 384),
     bound(Instance("one_shot", "bfloat16", 8, output="kSum"), 512),
+    Instance("two_shot", "bfloat16", 8, max_threads=512),
+    Instance("two_shot", "float32", 4, output="kStaticFp8", max_threads=512),
+]
+TWO_SHOT = INSTANCES[4]
+CLUSTER = bound(Instance("one_shot", "bfloat16", 2, vectors=2, blocks=2), 512)
+VIRTUAL = [
+    Instance("one_shot_virtual", "bfloat16", 8, max_threads=512),
+    Instance("two_shot_virtual", "bfloat16", 4, max_threads=512),
 ]
 
 
+def short(instance: Instance) -> str:
+    return f"{instance.kernel}-{instance.dtype}-{instance.world_size}-{instance.output}"
+
+
 @pytest.mark.parametrize("sm", ARCHITECTURES)
-@pytest.mark.parametrize("instance", ONE_SHOT, ids=str)
+@pytest.mark.parametrize("instance", INSTANCES, ids=short)
 def test_it_compiles_without_spilling_registers(instance: Instance, sm: int) -> None:
+    assert_clean(instance, sm)
+
+
+@pytest.mark.parametrize("instance", [CLUSTER, *VIRTUAL], ids=short)
+def test_clusters_and_virtual_ranks_compile(instance: Instance) -> None:
+    assert_clean(instance, 90)
+
+
+def assert_clean(instance: Instance, sm: int) -> None:
     log: list[str] = []
     code = build.compile_instance(instance, sm, log=log)
     assert code.startswith(b"\x7fELF")
@@ -33,11 +55,12 @@ def test_it_compiles_without_spilling_registers(instance: Instance, sm: int) -> 
 
 
 def test_parameters_lie_where_the_compiler_puts_them() -> None:
-    structures = [params.Status, params.GroupParams, params.OutputParams, params.OneShotParams]
-    checks = [check for one in structures for check in params.layout_checks(one)]
-    build.compile_instance(ONE_SHOT[0], 90, extra="\n".join(checks))
+    common = [params.Status, params.GroupParams, params.OutputParams]
+    for instance, own in ((INSTANCES[0], params.OneShotParams), (TWO_SHOT, params.TwoShotParams)):
+        checks = [check for one in [*common, own] for check in params.layout_checks(one)]
+        build.compile_instance(instance, 90, extra="\n".join(checks))
 
 
 def test_a_wrong_layout_is_refused_by_the_compiler() -> None:
     with pytest.raises(UnavailableError, match="static assertion failed"):
-        build.compile_instance(ONE_SHOT[0], 90, extra="static_assert(sizeof(Status) == 24);")
+        build.compile_instance(INSTANCES[0], 90, extra="static_assert(sizeof(Status) == 24);")

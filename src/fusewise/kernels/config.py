@@ -33,6 +33,11 @@ _REGISTERS = {
     (8, 1): 128, (8, 2): 168, (8, 4): 168,
 }  # fmt: skip
 _BLOCK_SIZES = (256, 384, 512, 1024)  # launch bounds that are compiled
+_TWO_SHOT_THREADS = 512  # 128 registers each: eight ranks' vectors fit without spilling
+# Rows are bundled into tiles only where one per block already fills the device: two blocks on each
+# of the 132 SMs of H100 and H200. A constant, because tiles must be equal on all ranks.
+_BUSY_BLOCKS = 264
+MAX_TILE_ROWS = 16  # kMaxTileRows in two_shot_tile.cuh
 # A prototype on two H200s: one vector per thread won up to 8 MiB at 256 vectors per row (hidden
 # 2048, bf16), two at 512 vectors per row and above 8 MiB.
 _TWO_VECTORS_FROM = 512
@@ -103,6 +108,20 @@ class LaunchShape:
         instance = Instance("one_shot", shape.dtype, world_size, vectors, blocks, output)
         bounded = bound(instance, threads)
         return cls(bounded, threads, shape.num_tokens, dependent_launch=sm >= 90)
+
+    @classmethod
+    def two_shot(cls, shape: Shape, world_size: int, sm: int, output: Output) -> LaunchShape:
+        """The two-shot kernel for a shape. Tiles follow from the shape, so ranks agree on them."""
+        row_vectors = vectors_per_row(shape)
+        shard_units = units_per_row(-(-row_vectors // world_size))
+        rows = min(shape.num_tokens // _BUSY_BLOCKS, _TWO_SHOT_THREADS // WARP // shard_units)
+        rows = max(1, min(rows, MAX_TILE_ROWS))
+        threads = min(_TWO_SHOT_THREADS, round_up(rows * row_vectors, 2 * WARP))
+        instance = Instance(
+            "two_shot", shape.dtype, world_size, output=output, max_threads=_TWO_SHOT_THREADS
+        )
+        tiles = -(-shape.num_tokens // rows)
+        return cls(instance, threads, tiles, rows, dependent_launch=sm >= 90)
 
     def grid(self, resident_workers: int) -> int:
         """Blocks to launch, given how many workers fit on the device at once.

@@ -32,12 +32,6 @@ struct OneShotParams {
   float weight_bias;
 };
 
-// The test kernels put delays here; the shipped ones nothing.
-struct NoSkew {
-  FW_DEVICE static void before_push(int, int) {}
-  FW_DEVICE static void before_take(int, int) {}
-};
-
 // Writes the norm of one row. All threads of the row call it; `column[i] < 0` marks an idle vector.
 template <class Type, int kVectors, int kBlocks, Output kOutput>
 FW_DEVICE void write_norm(const OneShotParams& p, RowShared<kBlocks>& shared, int row, int turn,

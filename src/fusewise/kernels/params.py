@@ -67,6 +67,33 @@ class OneShotParams(ctypes.Structure):
     ]
 
 
+class TwoShotParams(ctypes.Structure):
+    """The two-shot kernel's only parameter; two_shot_tile.cuh."""
+
+    _fields_ = [
+        ("group", GroupParams),
+        ("output", OutputParams),
+        ("x", _POINTER),
+        ("residual", _POINTER),
+        ("weight", _POINTER),
+        ("residual_out", _POINTER),
+        ("num_tokens", ctypes.c_int32),
+        ("row_vectors", ctypes.c_int32),
+        ("shard_vectors", ctypes.c_int32),
+        ("shard_units", ctypes.c_int32),
+        ("rows_per_tile", ctypes.c_int32),
+        ("inverse_hidden_size", ctypes.c_float),
+        ("eps", ctypes.c_float),
+        ("weight_bias", ctypes.c_float),
+    ]
+
+
+class VirtualParams(ctypes.Structure):
+    """The virtual kernels' only parameter: the ranks' parameters, an array in device memory."""
+
+    _fields_ = [("ranks", _POINTER)]
+
+
 def layout_checks(structure: type[ctypes.Structure]) -> list[str]:
     """C++ assertions that a structure has the compiler's size and offsets."""
     name = structure.__name__

@@ -1,0 +1,103 @@
+"""FP8 e4m3 outputs: how they are described, and a quantiser in torch that ours must equal."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import torch
+
+from fusewise.errors import InputError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+FP8_MAX = 448.0  # the largest finite e4m3
+MIN_SCALE = 1.0 / (FP8_MAX * 512.0)  # vLLM's floor for dynamic scales
+GROUP = 128  # elements of one group
+
+
+@dataclass(frozen=True)
+class Fp8:
+    """What a fused call writes beside or instead of the norm.
+
+    Args:
+        scaling: ``static``: one given scale. ``token``: one per row, from its largest element.
+            ``group``: one per 128 columns of a row.
+        keep_norm: also write the norm in the tensor's own dtype.
+    """
+
+    scaling: Literal["static", "token", "group"]
+    keep_norm: bool = False
+
+    def scales_shape(self, num_tokens: int, hidden_size: int) -> tuple[int, ...]:
+        """Shape of the scales: (1,), (num_tokens, 1) or (num_tokens, groups)."""
+        if self.scaling == "static":
+            return (1,)
+        return (num_tokens, 1 if self.scaling == "token" else -(-hidden_size // GROUP))
+
+
+@dataclass(frozen=True)
+class Fp8Result:
+    """Outputs of a fused call with quantisation.
+
+    Attributes:
+        quantised: float8_e4m3fn [num_tokens, hidden_size]; multiply by its scale to read it.
+        scales: float32, of ``Fp8.scales_shape``.
+        residual_out: sum + residual, in the input's dtype.
+        norm: the norm in the input's dtype, or None.
+    """
+
+    quantised: Tensor
+    scales: Tensor
+    residual_out: Tensor
+    norm: Tensor | None
+
+
+def check_static_scale(fp8: Fp8, static_scale: Tensor | None, device: torch.device) -> None:
+    """Checks that a scale is given exactly when it is needed.
+
+    Raises:
+        InputError: missing, superfluous, or not one fp32 number on the device.
+    """
+    if (fp8.scaling == "static") != (static_scale is not None):
+        raise InputError(
+            f"{fp8.scaling} scaling",
+            expected="a static_scale with scaling='static', none otherwise",
+            got="none" if static_scale is None else "one",
+        )
+    if static_scale is not None and (
+        static_scale.numel() != 1
+        or static_scale.dtype != torch.float32
+        or static_scale.device != device
+    ):
+        raise InputError(
+            "static_scale",
+            expected=f"one float32 on {device}",
+            got=f"{list(static_scale.shape)} {static_scale.dtype} on {static_scale.device}",
+        )
+
+
+def quantise(norm: Tensor, fp8: Fp8, static_scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """``(quantised, scales)`` of a norm [num_tokens, hidden_size]: the reference.
+
+    A dynamic scale is the largest magnitude / 448, at least ``MIN_SCALE``; values are multiplied by
+    the scale's fp32 reciprocal, clamped to ±448 and rounded to nearest even. NaN stays NaN.
+    """
+    check_static_scale(fp8, static_scale, norm.device)
+    value = norm.float()
+    if static_scale is not None:
+        scales = static_scale.view(1)
+        factor = 1.0 / scales
+    else:
+        groups = _grouped(value) if fp8.scaling == "group" else value.unsqueeze(1)
+        scales = (groups.abs().amax(-1) / FP8_MAX).clamp_min(MIN_SCALE)
+        width = GROUP if fp8.scaling == "group" else norm.shape[1]
+        factor = (1.0 / scales).repeat_interleave(width, 1)[:, : norm.shape[1]]
+    quantised = (value * factor).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
+    return quantised, scales
+
+
+def _grouped(value: Tensor) -> Tensor:
+    padding = -value.shape[1] % GROUP
+    return torch.nn.functional.pad(value, (0, padding)).view(value.shape[0], -1, GROUP)

@@ -1,0 +1,11 @@
+// The two-shot kernel. FW_* are given on the compiler's command line (build.py).
+
+#include "two_shot.cuh"
+
+using namespace fusewise;
+
+extern "C" __global__ void __launch_bounds__(FW_MAX_THREADS, FW_MIN_BLOCKS)
+    fusewise_two_shot(const __grid_constant__ TwoShotParams params) {
+  __shared__ TwoShotShared shared;
+  two_shot<FW_TYPE, FW_WORLD, Output::FW_OUTPUT, FW_EARLY_TRIGGER>(params, shared);
+}

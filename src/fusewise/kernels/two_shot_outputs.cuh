@@ -1,0 +1,85 @@
+// What the two-shot kernel writes once a tile's sums and scales are known.
+//
+// Every rank computes the norm from the rounded sums, which are the same bits on all of them.
+
+#ifndef FUSEWISE_TWO_SHOT_OUTPUTS_CUH
+#define FUSEWISE_TWO_SHOT_OUTPUTS_CUH
+
+#include "two_shot_tile.cuh"
+
+namespace fusewise {
+
+// The norm of one vector as words of the element type.
+template <class Type, int kWorld>
+FW_DEVICE Words norm_of(const Tile<kWorld>& tile, const TwoShotShared& shared, int row, int column,
+                        Words sum) {
+  const TwoShotParams& p = tile.p;
+  const Words weight = load_words(static_cast<const char*>(p.weight) + column * kVectorBytes);
+  const float scale = shared.scale[row - tile.first_row];
+  return pack<Type>(normalise<Type>(unpack<Type>(sum), scale, weight, p.weight_bias));
+}
+
+// The norm of this rank's own columns; each thread reads back what it stored in reduce().
+template <class Type, int kWorld>
+FW_DEVICE void write_own(const Tile<kWorld>& tile, const TwoShotShared& shared) {
+  const TwoShotParams& p = tile.p;
+  for (int i = thread_index() / kWarp; i < tile.units(); i += thread_count() / kWarp) {
+    const Piece piece = tile.piece(i, 1, p.group.rank);
+    if (piece.column < 0) continue;
+    const Words sum = load_words(static_cast<const char*>(p.residual_out) + tile.place(piece));
+    store_words(static_cast<char*>(p.output.out) + tile.place(piece),
+                norm_of<Type>(tile, shared, piece.row, piece.column, sum));
+  }
+}
+
+// FP8: a warp per row, over the finished sums, because rows and groups straddle the owners' columns.
+template <class Type, int kWorld, Output kOutput>
+FW_DEVICE void write_fp8(const Tile<kWorld>& tile, const TwoShotShared& shared) {
+  const TwoShotParams& p = tile.p;
+  constexpr int kLanes = kGroup / Floats<Type>::kCount;
+  const int lane = thread_index() % kWarp;
+  const int groups = (p.row_vectors + kLanes - 1) / kLanes;
+  block_barrier();  // the tile's sums are stored
+  for (int i = thread_index() / kWarp; i < tile.rows; i += thread_count() / kWarp) {
+    const int row = tile.first_row + i;
+    const long long start = static_cast<long long>(row) * p.row_vectors;
+    const char* sums = static_cast<const char*>(p.residual_out) + start * kVectorBytes;
+    float scale = 0.0f;
+    if (kOutput == Output::kStaticFp8) scale = float_of(load_word(p.output.static_scale));
+    if (kOutput == Output::kTokenFp8) {
+      float largest = 0.0f;
+      for (int column = lane; column < p.row_vectors; column += kWarp) {
+        const Words sum = load_words(sums + column * kVectorBytes);
+        const Words norm = norm_of<Type>(tile, shared, row, column, sum);
+        largest = max_or_nan(largest, largest_of<Type>(unpack<Type>(norm)));
+      }
+      scale = dynamic_scale(warp_max(largest, kWarp));
+      if (lane == 0) store_word(p.output.scales + row, bits_of(scale));
+    }
+    for (int first = 0; first < p.row_vectors; first += kWarp) {
+      const int column = first + lane;
+      const bool used = column < p.row_vectors;
+      Words norm = {};
+      if (used) {
+        norm = norm_of<Type>(tile, shared, row, column, load_words(sums + column * kVectorBytes));
+      }
+      if (kOutput == Output::kGroupFp8) {
+        const float largest = used ? largest_of<Type>(unpack<Type>(norm)) : 0.0f;
+        scale = dynamic_scale(warp_max(largest, kLanes));
+        if (used && column % kLanes == 0) {
+          const long long at = static_cast<long long>(row) * groups + column / kLanes;
+          store_word(p.output.scales + at, bits_of(scale));
+        }
+      }
+      if (!used) continue;
+      if (p.output.out != nullptr) {
+        store_words(static_cast<char*>(p.output.out) + (start + column) * kVectorBytes, norm);
+      }
+      store_e4m3<Type>(p.output.quantised, start + column, unpack<Type>(norm), 1.0f / scale);
+    }
+  }
+}
+
+}  // namespace fusewise
+
+#endif  // FUSEWISE_TWO_SHOT_OUTPUTS_CUH
