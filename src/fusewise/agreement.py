@@ -40,7 +40,7 @@ def build_backend(
     backend, error = None, None
     try:
         backend = kind(group, max_shape)
-    except (FusewiseError, RuntimeError, OSError, ImportError, ValueError) as fault:
+    except Exception as fault:  # a provider's border: whatever it raised, the peers must hear it
         error = fault
     failed = group.vote(f"{backend_id}: build", error)
     if failed and backend is not None:

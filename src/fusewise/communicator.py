@@ -240,19 +240,32 @@ class Communicator:
                 log.warning("%s: %s", self.group, message)
 
     def close(self) -> None:
-        """Closes every backend on all ranks. Safe to call twice."""
-        backends, self._backends = self._backends, {}
+        """Closes every backend on all ranks, then raises the first error. Safe to call twice."""
+        errors: list[Exception] = []
+        for backend in self._retire():
+            try:
+                backend.close()
+            except Exception as error:  # the other backends' buffers must still be given back
+                errors.append(error)
+        if errors:
+            raise errors[0]
+
+    def _retire(self) -> list[Backend]:
+        backends, self._backends = list(self._backends.values()), {}
         self._routes.clear()
         if _by_name.get(self.group.name) is self:
             del _by_name[self.group.name]
-        for backend in backends.values():
-            backend.close()
+        return backends
 
     def __enter__(self) -> Communicator:
         return self
 
-    def __exit__(self, *exc_info: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *details: object) -> None:
+        # Closing is collective. A rank on its way out with an error must not wait for its peers.
+        if kind is None:
+            self.close()
+        else:
+            self._retire()
 
 
 def _mismatch(name: str, got: Tensor, shape: torch.Size, dtype: torch.dtype) -> InputError:

@@ -48,13 +48,14 @@ def _on_gpu(
     if num_tokens == 0:
         return norm, total
     block = 1 << (hidden_size - 1).bit_length()
-    _triton_kernel()[(num_tokens,)](
-        x, residual if residual is not None else x, weight, norm, total,
-        hidden_size, eps, weight_bias,
-        HAS_RESIDUAL=residual is not None,
-        BLOCK=block,
-        num_warps=min(16, max(1, block // 512)),
-    )  # fmt: skip
+    with torch.cuda.device(x.device):  # Triton launches on the current device
+        _triton_kernel()[(num_tokens,)](
+            x, residual if residual is not None else x, weight, norm, total,
+            hidden_size, eps, weight_bias,
+            HAS_RESIDUAL=residual is not None,
+            BLOCK=block,
+            num_warps=min(16, max(1, block // 512)),
+        )  # fmt: skip
     return norm, total
 
 

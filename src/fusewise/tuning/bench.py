@@ -13,7 +13,7 @@ from fusewise.group import Group
 from fusewise.profile import Sample
 from fusewise.shape import Op, Shape, size_grid
 from fusewise.tuning.settings import Settings
-from fusewise.tuning.timing import Buffers, Runner, interleave
+from fusewise.tuning.timing import Arena, Buffers, Runner, interleave
 from fusewise.tuning.verify import check_all_reduce, check_all_reduce_rms_norm
 
 if TYPE_CHECKING:
@@ -47,21 +47,26 @@ def bench_rank(worker: Worker, request: dict[str, Any]) -> list[Any]:
         for shape in size_grid(settings.min_bytes, settings.max_bytes, hidden_size, settings.dtype)
     ]
     rows: list[Any] = []
-    try:
-        for i, shape in enumerate(grid):
-            worker.emit("progress", done=i, planned=len(grid), op="bench", shape=str(shape))
-            for op in _OPS:
-                rows += _bench_point(worker, group, backends, op, shape, settings.rounds)
-    finally:
-        for backend in backends:
-            backend.close()
+    arena = Arena(group, settings.max_shape)
+    for i, shape in enumerate(grid):
+        worker.emit("progress", done=i, planned=len(grid), op="bench", shape=str(shape))
+        buffers = Buffers(arena, shape)
+        for op in _OPS:
+            rows += _bench_point(worker, backends, op, shape, buffers, settings.rounds)
+    for backend in backends:
+        backend.close()
     return rows
 
 
 def _bench_point(
-    worker: Worker, group: Group, backends: Sequence[Backend], op: Op, shape: Shape, rounds: int
+    worker: Worker,
+    backends: Sequence[Backend],
+    op: Op,
+    shape: Shape,
+    buffers: Buffers,
+    rounds: int,
 ) -> list[Any]:
-    buffers, runners, wrong = Buffers(group, shape), [], {}
+    group, runners, wrong = backends[0].group, [], {}
     for backend in backends:
         if backend.admits(shape) is not None or (op == "all_reduce" and not backend.plain):
             continue

@@ -23,7 +23,7 @@ from fusewise.shape import Op, Shape
 from fusewise.tuning.probe import examine
 from fusewise.tuning.settings import Settings
 from fusewise.tuning.sweep import coarse_order, next_shapes
-from fusewise.tuning.timing import Buffers, Runner, interleave
+from fusewise.tuning.timing import Arena, Buffers, Runner, interleave
 from fusewise.tuning.verify import verify
 
 if TYPE_CHECKING:
@@ -48,6 +48,7 @@ class Tune:
     group: Group
     settings: Settings
     node: Fingerprint
+    arena: Arena
     candidates: list[Backend] = field(default_factory=list)
     excluded: dict[str, str] = field(default_factory=dict)
     samples: list[Sample] = field(default_factory=list)
@@ -63,15 +64,15 @@ def tune_rank(worker: Worker, request: dict[str, Any]) -> str | None:
     """The job: returns the profile's JSON on rank 0, None elsewhere."""
     settings = Settings(**request["settings"])
     group = Group(timeout_s=settings.timeout_s)
-    tune = Tune(worker, group, settings, fingerprint_of(group))
+    arena = Arena(group, settings.max_shape)
+    tune = Tune(worker, group, settings, fingerprint_of(group), arena)
     tune.excluded |= request["excluded"]
-    try:
-        _build(tune)
-        _sweep(tune)
-        return _profile(tune).to_json() if group.rank == 0 else None
-    finally:
-        for backend in tune.candidates:
-            backend.close()
+    _build(tune)
+    _sweep(tune)
+    # Closing is collective: after a failure this process simply ends, and takes its memory along.
+    for backend in tune.candidates:
+        backend.close()
+    return _profile(tune).to_json() if group.rank == 0 else None
 
 
 def _build(tune: Tune) -> None:
@@ -90,7 +91,7 @@ def _build(tune: Tune) -> None:
             continue
         tune.worker.phase(f"verify {backend_id}", backend_id, _BUILD_S)
         try:
-            examine(backend, group, min(settings.hidden_sizes), settings.dtype)
+            examine(backend, tune.arena, min(settings.hidden_sizes), settings.dtype)
         except VerificationError as error:
             backend.close()
             _exclude(tune, backend_id, str(error))
@@ -145,7 +146,7 @@ def _measure(tune: Tune, todo: Sequence[tuple[Op, Shape]]) -> bool:
 
 def _measure_point(tune: Tune, op: Op, shape: Shape) -> None:
     group, runners = tune.group, []
-    buffers = Buffers(group, shape)
+    buffers = Buffers(tune.arena, shape)
     for backend in list(tune.candidates):
         if backend.admits(shape) is not None or (op == "all_reduce" and not backend.plain):
             continue

@@ -8,16 +8,16 @@ other sizes come in between. A failure is an exclusion with its reason, never a 
 from __future__ import annotations
 
 import random
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from fusewise.errors import VerificationError
 from fusewise.shape import DType, Shape
-from fusewise.tuning.timing import Buffers, bound_call
+from fusewise.tuning.timing import Arena, Buffers, bound_call, captured
 from fusewise.tuning.verify import (
     check_all_reduce_rms_norm,
-    poisoned_memory,
     settle,
     verify,
 )
@@ -26,21 +26,20 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from fusewise.backends.base import Backend
-    from fusewise.group import Group
 
 _FEW_TOKENS = range(1, 18)
 _REPLAY_TOKENS = (1, 3, 8, 17, 64)
-_REPLAYS = 200
+_REPLAYS = 1000
 
 
-def examine(backend: Backend, group: Group, hidden_size: int, dtype: DType) -> None:
+def examine(backend: Backend, arena: Arena, hidden_size: int, dtype: DType) -> None:
     """Verifies everything a backend says it can do, at small shapes. Collective.
 
     Raises:
         VerificationError: on all ranks alike.
     """
-    shapes = [Shape(tokens, hidden_size, dtype) for tokens in _FEW_TOKENS]
-    shapes = [shape for shape in shapes if backend.admits(shape) is None]
+    group = backend.group
+    shapes = _admitted(backend, _FEW_TOKENS, hidden_size, dtype)
     for seed, shape in enumerate(shapes):
         verify(backend, group, "all_reduce_rms_norm", shape, seed)
         if backend.plain:
@@ -55,32 +54,38 @@ def examine(backend: Backend, group: Group, hidden_size: int, dtype: DType) -> N
         check = check_all_reduce_rms_norm(backend, group, middle, 2, weight_bias=1.0)
         settle(group, f"{backend.id} with weight bias", check)
     if group.device.type == "cuda":
-        _replay(backend, group, hidden_size, dtype)
+        _replay(backend, arena, _admitted(backend, _REPLAY_TOKENS, hidden_size, dtype))
 
 
-def _replay(backend: Backend, group: Group, hidden_size: int, dtype: DType) -> None:
+def _admitted(
+    backend: Backend, tokens: Iterable[int], hidden_size: int, dtype: DType
+) -> list[Shape]:
+    shapes = [Shape(count, hidden_size, dtype) for count in tokens]
+    return [shape for shape in shapes if backend.admits(shape) is None]
+
+
+def _replay(backend: Backend, arena: Arena, shapes: list[Shape]) -> None:
     """Graphs of several sizes, replayed in one random order on all ranks, stay right."""
-    shapes = [Shape(tokens, hidden_size, dtype) for tokens in _REPLAY_TOKENS]
-    shapes = [shape for shape in shapes if backend.admits(shape) is None]
-    graphs: list[tuple[Shape, torch.cuda.CUDAGraph, Tensor, Tensor]] = []
+    group = backend.group
+    graphs: list[tuple[Callable[[], None], Tensor, Tensor]] = []
     for shape in shapes:
-        call = bound_call(backend, "all_reduce_rms_norm", Buffers(group, shape))
+        call = bound_call(backend, "all_reduce_rms_norm", Buffers(arena, shape))
         expected = call(0)[0].clone()
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"), poisoned_memory():
-            # The clone is the dependent consumer: it must see the finished output.
-            out = call(0)[0].clone()
-        backend.capture_end()
-        graphs.append((shape, graph, out, expected))
+        out = torch.full_like(expected, float("nan"))
+
+        def consumed(_: int, call: Callable[[int], Any] = call, out: Tensor = out) -> None:
+            out.copy_(call(0)[0])  # the dependent consumer: it must see the finished output
+
+        graphs.append((captured(backend, consumed, 1), out, expected))
     order = random.Random(0)
     wrong = torch.zeros((), dtype=torch.int64, device=group.device)
     for _ in range(_REPLAYS):
-        _, graph, out, expected = order.choice(graphs)
-        graph.replay()
+        replay, out, expected = order.choice(graphs)
+        out.fill_(float("nan"))
+        replay()
         wrong += (out != expected).sum()
-    torch.cuda.synchronize()
-    failed = group.vote(f"{backend.id}: replay", f"{int(wrong)} wrong" if int(wrong) else None)
+    count = int(wrong)
+    failed = group.vote(f"{backend.id}: replay", f"{count} wrong" if count else None)
     if failed:
         raise VerificationError(
             f"{backend.id} changes its result when graphs are replayed",

@@ -23,26 +23,66 @@ if TYPE_CHECKING:
     from fusewise.backends.base import Backend
     from fusewise.group import Group
 
-# A round long enough that its edges (graph launch, scheduler tick) weigh under two percent.
+# A round long enough that its edges (graph launch, scheduler tick) weigh under two percent, at an
+# expected time per call of floor + bytes / rate: for GPUs the order of the published two-GPU times,
+# for CPU ranks of what two of them did here. Only the length of a round depends on it.
 _ROUND_US = {"cuda": 400.0, "cpu": 2000.0}
-_MAX_CALLS = {"cuda": 32, "cpu": 64}
+_FLOOR_US = {"cuda": 5.0, "cpu": 300.0}
+_BYTES_PER_US = {"cuda": 150e3, "cpu": 500.0}
+_MAX_CALLS = 32
 # Inputs rotate through this much memory, twice the 50-60 MB of L2 on H100 and H200.
 _ROTATE_BYTES = {"cuda": 120 * 2**20, "cpu": 8 * 2**20}
+_BLOCK = 2**20  # elements of the pattern that fills the arena
 _WARM_CALLS = 3
 
 
+class Arena:
+    """The memory all inputs of a tune are slices of, filled once with normals.
+
+    One allocation for all shapes: peers may have mapped it, so it must not come and go.
+    """
+
+    def __init__(self, group: Group, max_shape: Shape) -> None:
+        device = group.device
+        elements = max(_ROTATE_BYTES[device.type], 4 * max_shape.message_bytes)
+        elements //= max_shape.row_bytes // max_shape.hidden_size
+        block = normals(Shape(1, _BLOCK, max_shape.dtype), group.rank, device, 1).view(-1)
+        self.values = block.repeat(-(-elements // _BLOCK))
+        self.weight = torch.ones(max_shape.hidden_size, dtype=block.dtype, device=device)
+
+
+class Buffers:
+    """Inputs that rotate, so that no call finds its operands in cache by accident."""
+
+    def __init__(self, arena: Arena, shape: Shape) -> None:
+        kind, size = arena.values.device.type, shape.num_tokens * shape.hidden_size
+        fitting = _ROTATE_BYTES[kind] // max(1, 2 * shape.message_bytes)
+        self.calls = calls_per_round(kind, shape)
+        self.count = max(2, min(self.calls, fitting))
+        parts = [arena.values[i * size :][:size] for i in range(2 * self.count)]
+        rows = [part.view(shape.num_tokens, shape.hidden_size) for part in parts]
+        self.x, self.residual = rows[: self.count], rows[self.count :]
+        self.weight = arena.weight[: shape.hidden_size]
+
+
+def calls_per_round(kind: str, shape: Shape) -> int:
+    """How many calls fill a round: one number per shape, for all candidates and ranks."""
+    expected_us = _FLOOR_US[kind] + shape.message_bytes / _BYTES_PER_US[kind]
+    return max(2, min(_MAX_CALLS, round(_ROUND_US[kind] / expected_us)))
+
+
 class Runner:
-    """One candidate at one shape, ready to be timed; on GPUs a captured graph of ``calls`` calls.
+    """One candidate at one shape, ready to be timed; on GPUs a captured graph of its calls.
 
     Constructing is collective.
     """
 
     def __init__(self, backend: Backend, op: Op, buffers: Buffers) -> None:
         self.path = backend.path_name() if op == "all_reduce_rms_norm" else backend.id
-        call = bound_call(backend, op, buffers)
-        self.calls = calls = calls_per_round(backend.group, call)
+        self.calls = buffers.calls
         self._cuda = backend.group.device.type == "cuda"
-        self._run = _captured(backend, call, calls) if self._cuda else _looped(call, calls)
+        call = bound_call(backend, op, buffers)
+        self._run = captured(backend, call, self.calls) if self._cuda else _looped(call, self.calls)
 
     def start(self) -> tuple[Any, Any]:
         """Enqueues one round; returns its two marks."""
@@ -63,19 +103,6 @@ class Runner:
         return float(elapsed_us) / self.calls
 
 
-class Buffers:
-    """Inputs that rotate, so that no call finds its operands in cache by accident."""
-
-    def __init__(self, group: Group, shape: Shape) -> None:
-        kind = group.device.type
-        fitting = _ROTATE_BYTES[kind] // max(1, 2 * shape.message_bytes)
-        self.count = max(2, min(_MAX_CALLS[kind], fitting))
-        first = normals(shape, group.rank, group.device, 1)
-        self.x = [first.roll(i, 0) for i in range(self.count)]
-        self.residual = [first.roll(-i, 1) for i in range(self.count)]
-        self.weight = torch.ones(shape.hidden_size, dtype=first.dtype, device=first.device)
-
-
 def bound_call(backend: Backend, op: Op, buffers: Buffers) -> Callable[[int], Any]:
     """``call(i)`` runs the operation on the i-th set of buffers."""
     count, x, residual = buffers.count, buffers.x, buffers.residual
@@ -88,22 +115,6 @@ def bound_call(backend: Backend, op: Op, buffers: Buffers) -> Callable[[int], An
         return backend.all_reduce_rms_norm(x[at], residual[at], buffers.weight, EPS)
 
     return all_reduce if op == "all_reduce" else fused
-
-
-def calls_per_round(group: Group, call: Callable[[int], Any]) -> int:
-    """How many calls fill a round, by rank 0's stopwatch; the same on all ranks. Collective."""
-    kind = group.device.type
-    for i in range(_WARM_CALLS):
-        call(i)
-    synchronise(group.device)
-    group.barrier("estimate")
-    begin = time.perf_counter()
-    for i in range(_WARM_CALLS):
-        call(i)
-    synchronise(group.device)
-    each_us = (time.perf_counter() - begin) * 1e6 / _WARM_CALLS
-    calls = max(2, min(_MAX_CALLS[kind], round(_ROUND_US[kind] / each_us)))
-    return int(group.broadcast("calls per round", calls))
 
 
 def interleave(
@@ -153,8 +164,11 @@ def _looped(call: Callable[[int], Any], calls: int) -> Callable[[], None]:
     return run
 
 
-def _captured(backend: Backend, call: Callable[[int], Any], calls: int) -> Callable[[], None]:
-    """A CUDA graph of ``calls`` calls, registered with the backend and replayed once."""
+def captured(backend: Backend, call: Callable[[int], Any], calls: int) -> Callable[[], None]:
+    """A CUDA graph of ``calls`` calls, registered with the backend and replayed once.
+
+    Called eagerly first: kernels that compile at first use must not do so under capture.
+    """
     side: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -163,10 +177,13 @@ def _captured(backend: Backend, call: Callable[[int], Any], calls: int) -> Calla
     torch.cuda.current_stream().wait_stream(side)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        for i in range(calls):
-            call(i)
-    backend.capture_end()
+    backend.capture_begin()
+    try:
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            for i in range(calls):
+                call(i)
+    finally:
+        backend.capture_end()
     graph.replay()
     torch.cuda.synchronize()
     return graph.replay
