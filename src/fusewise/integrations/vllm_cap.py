@@ -13,13 +13,13 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
-from fusewise.cap import CapDecision, decide_cap
+from fusewise.cap import CapDecision, ExplicitCap, decide_cap
 from fusewise.errors import FusewiseError
 from fusewise.integrations.vllm_full import full_cap
 from fusewise.integrations.vllm_node import probe_apart, settings_here
 from fusewise.integrations.vllm_seams import MARK, TABLE_SEAM, resolve
 from fusewise.profile import Profile
-from fusewise.shape import DType, format_size, parse_dtype
+from fusewise.shape import DType, format_size, parse_dtype, parse_size
 from fusewise.store import Level, find_profile
 from fusewise.thresholds import VllmSettings, engine_cap, field_mb, fused_backend
 
@@ -37,9 +37,14 @@ class Answer:
 
 
 def around_set_compile_ranges(original: Any, config: Any, *args: Any, **kwargs: Any) -> Any:
-    """``VllmConfig._set_compile_ranges`` with our cap in place; never fails on our account."""
+    """``VllmConfig._set_compile_ranges`` with our cap in place; never fails on our account.
+
+    The mode is read anew: engines of one process may differ in it.
+    """
+    mode = os.environ.get("FUSEWISE_VLLM", "cap")
     try:
-        apply(config, os.environ.get("FUSEWISE_VLLM", "cap"))
+        if mode != "off":
+            apply(config, mode)
     except Exception as error:
         log.warning("fusewise leaves vLLM's fusion cap as it is: %s", error)
     return original(config, *args, **kwargs)
@@ -125,7 +130,11 @@ def decide(
         notes, where = (str(error),), "the profile asked for cannot be used"
     for note in notes:
         log.warning("fusewise: %s", note)
-    decision = decide_cap(profile, settings, profile_level=level, hidden_size=hidden_size)
+    named = os.environ.get("FUSEWISE_CAP")
+    explicit = ExplicitCap(parse_size(named), "environment") if named else None
+    decision = decide_cap(
+        profile, settings, explicit=explicit, profile_level=level, hidden_size=hidden_size
+    )
     return _answer(decision, profile, settings, mode, hidden_size, where)
 
 
@@ -141,7 +150,7 @@ def _answer(
     source = where if from_profile else f"by {decision.level}, {where}"
     if from_profile and fused_backend(settings) == "mnnvl":
         source += "; measured with FlashInfer's trtllm kernels, this vLLM prefers mnnvl"
-    if mode == "full":
+    if mode == "full" and decision.origin != "explicit":
         wide = full_cap(profile, settings, hidden_size)
         if wide is not None:
             why = "the plan chooses kernel by kernel up to there"

@@ -1,0 +1,204 @@
+"""``fusewise vllm check`` and ``fusewise vllm patch``: what the plugin would do here, and why.
+
+Reads vLLM's version and sources from disk; never imports vLLM and never starts it.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fusewise.audit import Audit
+from fusewise.audit import audit as audit_profile
+from fusewise.cap import CapDecision, decide_cap
+from fusewise.commands.engine import explicit_cap
+from fusewise.commands.options import (
+    DTypeOption,
+    FormatOption,
+    HiddenOption,
+    ProfileOption,
+    TpOption,
+    bordered,
+    integers,
+    resolve,
+    resolve_or_fail,
+    tell,
+    this_node,
+    write,
+)
+from fusewise.errors import InputError
+from fusewise.integrations.vllm_node import settings_here
+from fusewise.integrations.vllm_patch import TABLE_FILE, evidence, table_patch
+from fusewise.node import Fingerprint
+from fusewise.report.table import Column, Section
+from fusewise.shape import format_size, parse_dtype, tokens_at
+from fusewise.store import Resolution
+from fusewise.thresholds import (
+    VllmSettings,
+    displaced_choice,
+    engine_cap,
+    unfused_choice,
+    vllm_environment,
+    vllm_flag,
+)
+
+app = typer.Typer(
+    help="What the vLLM plugin would do on this node. The plugin loads by itself in vLLM.",
+    no_args_is_help=True,
+)
+
+VersionOption = Annotated[
+    str | None, typer.Option("--version", help="vLLM's version. Default: the installed one.")
+]
+SourceOption = Annotated[
+    Path | None,
+    typer.Option("--source", help="The folder that holds vllm/. Default: the installed vLLM."),
+]
+_FACTS = (Column("fact", "fact"), Column("value", "value"))
+_HIDDEN = (
+    Column("hidden_size", "hidden", align="right"),
+    Column("cap_bytes", "cap", "B", align="right"),
+    Column("max_tokens", "max tokens", align="right"),
+)
+
+
+@app.command()
+@bordered
+def check(
+    version: VersionOption = None,
+    profile: ProfileOption = None,
+    dtype: DTypeOption = "bf16",
+    tp: TpOption = None,
+    hidden: HiddenOption = None,
+    fmt: FormatOption = "table",
+) -> None:
+    """What the plugin would do, and what the present setting costs.
+
+    Reads vLLM's switches from the environment, as vLLM itself does, so run it as you would run
+    vLLM.
+
+    Example: fusewise vllm check --tp 8
+    """
+    found = resolve(profile, dtype, tp)
+    tell(found.notes)
+    node = found.profile.fingerprint if found.profile else this_node(tp)
+    settings = settings_here(_version(version), node, parse_dtype(dtype), os.environ)
+    decision = decide_cap(
+        found.profile, settings, explicit=explicit_cap(None), profile_level=found.level
+    )
+    result = audit_profile(found.profile, settings) if found.profile else None
+    sizes = integers(hidden, (2048, 4096, 7168))
+    caps = [_token_cap(found, settings, size) for size in sizes]
+    write(
+        [
+            Section("summary", _FACTS, _facts(settings, node, found, decision, result), "vLLM"),
+            Section("hidden_sizes", _HIDDEN, caps, "Token caps", result.notes if result else ()),
+        ],
+        fmt,
+    )
+
+
+def _version(asked: str | None) -> str:
+    try:
+        return asked or importlib.metadata.version("vllm")
+    except importlib.metadata.PackageNotFoundError:
+        raise InputError(
+            "vLLM is not installed here", hint="Pass --version, such as --version 0.33."
+        ) from None
+
+
+def _token_cap(found: Resolution, settings: VllmSettings, hidden_size: int) -> dict[str, object]:
+    decision = decide_cap(
+        found.profile,
+        settings,
+        explicit=explicit_cap(None),
+        profile_level=found.level,
+        hidden_size=hidden_size,
+    )
+    size = decision.cap_bytes
+    tokens = None if size is None else tokens_at(size, hidden_size, settings.dtype)
+    return {"hidden_size": hidden_size, "cap_bytes": size, "max_tokens": tokens}
+
+
+def _facts(
+    settings: VllmSettings,
+    node: Fingerprint,
+    found: Resolution,
+    decision: CapDecision,
+    result: Audit | None,
+) -> list[dict[str, object]]:
+    mode = os.environ.get("FUSEWISE_VLLM", "cap")
+    today, cap = engine_cap(settings), decision.cap_bytes
+    facts: list[tuple[str, object]] = [
+        ("vLLM", f"{settings.version}, tables as in {settings.tables.read_in}"),
+        ("node", f"{node.world_size}x {node.device}, {node.fabric}, "
+                 f"multicast {'yes' if settings.multicast else 'no'}"),
+        ("profile", found.where),
+        ("plugin", f"FUSEWISE_VLLM={mode}"),
+        ("cap today", _size(today)),
+        ("cap with fusewise", _size(today if mode == "off" else cap)),
+        ("answered by", f"{decision.level} ({decision.origin})"),
+        ("because", decision.why),
+    ]  # fmt: skip
+    if today is not None:
+        facts.append(("unfused at that cap, today", unfused_choice(settings, today)))
+        facts.append(("unfused at that cap, capped", displaced_choice(settings, today)))
+    if result is not None:
+        facts += [("present cost", str(band)) for band in result.bands or ["none measured"]]
+    if cap:
+        facts.append(("by hand", vllm_flag(cap)))
+        facts.append(("with", vllm_environment(settings, cap)))
+    return [{"fact": fact, "value": value} for fact, value in facts if value is not None]
+
+
+def _size(size: int | None) -> str:
+    return "vLLM does not fuse here" if size is None else f"{size} ({format_size(size)})"
+
+
+@app.command()
+@bordered
+def patch(
+    source: SourceOption = None,
+    version: VersionOption = None,
+    profile: ProfileOption = None,
+    dtype: DTypeOption = "bf16",
+    tp: TpOption = None,
+) -> None:
+    """A patch of vLLM's fusion table with this node's cap, and the evidence for it.
+
+    Example: fusewise vllm patch --source ~/src/vllm > cap.patch
+    """
+    found = resolve_or_fail(profile, dtype, tp)
+    assert found.profile is not None
+    node = found.profile.fingerprint
+    settings = settings_here(_version(version), node, parse_dtype(dtype), os.environ)
+    result = audit_profile(found.profile, settings, profile_level=found.level)
+    if result.cap.cap_bytes is None or result.cap.origin not in ("measured", "published"):
+        raise InputError(
+            "no measured cap to contribute",
+            got=f"{result.cap.level}: {result.cap.why}",
+            hint="Run `fusewise tune` on the node first.",
+        )
+    text = _table_text(source)
+    typer.echo(evidence(result, found.profile, settings))
+    typer.echo(table_patch(text, settings, result.cap.cap_bytes), nl=False)
+
+
+def _table_text(source: Path | None) -> str:
+    folder = source
+    if folder is None:
+        spec = importlib.util.find_spec("vllm")
+        if spec is None or spec.origin is None:
+            raise InputError("vLLM is not installed here", hint="Pass --source FOLDER.")
+        folder = Path(spec.origin).parents[1]
+    try:
+        return (folder / TABLE_FILE).read_text(encoding="utf-8")
+    except OSError as error:
+        raise InputError(
+            f"no {TABLE_FILE} in {folder}", got=str(error.strerror), hint="Pass --source FOLDER."
+        ) from error

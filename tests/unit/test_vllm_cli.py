@@ -1,0 +1,193 @@
+"""``fusewise vllm check`` and ``patch``, the settings they read, and the patch they print."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from fusewise.errors import InputError, UnavailableError
+from fusewise.integrations.vllm_cli import app
+from fusewise.integrations.vllm_node import probe_apart, settings_here
+from fusewise.integrations.vllm_patch import TABLE_FILE, table_patch
+from fusewise.node import Fingerprint
+from fusewise.thresholds import VllmSettings
+
+SEED = ["--version", "0.33", "--profile", "nvidia-h200-tp8"]
+NODE = Fingerprint(
+    device_type="cuda", device="NVIDIA H200", sm=90, world_size=8, fabric="nv18", multicast=True
+)
+SETTINGS = VllmSettings(version="0.33", sm=90, world_size=8, multicast=True)
+SOURCE = """\
+# Max size of the input tensor per world size per device capability
+# to use flashinfer fused allreduce
+FI_ALLREDUCE_FUSION_MAX_SIZE_MB: dict[int, dict[int, float]] = {
+    90: {
+        2: 64,  # 64MB
+        4: 2,  # 2MB
+        8: 0.5,  # 0.5MB
+    },
+    100: {
+        2: 64,  # 64MB
+        8: 1,  # 1MB
+    },
+}
+
+_FI_ALLREDUCE_ONE_SHOT_MAX_SIZES_MB: dict[int, dict[int, float]] = {
+    90: {
+        8: 0.5,  # 0.5MB
+    },
+}
+"""
+
+
+def run(*arguments: str, **environ: str) -> Result:
+    return CliRunner().invoke(app, arguments, env={"FUSEWISE_PROFILE": "", **environ})
+
+
+def facts(result: Result) -> dict[str, Any]:
+    assert result.exit_code == 0, result.output
+    return {row["fact"]: row["value"] for row in json.loads(result.stdout)["summary"]["rows"]}
+
+
+def test_check_says_what_it_would_do_and_what_the_setting_costs() -> None:
+    found = facts(run("check", *SEED, "--format", "json"))
+    assert found["cap today"] == "524288 (512K)"
+    assert found["cap with fusewise"] == "262144 (256K)"
+    assert found["answered by"] == "flag (published)"
+    assert "4.30 µs" in found["present cost"]
+    assert found["unfused at that cap, today"] == "flashinfer + rms_norm"
+    assert found["unfused at that cap, capped"] == "multimem + rms_norm"
+    assert '"fi_allreduce_fusion_max_size_mb": 0.25' in found["by hand"]
+
+
+def test_check_reads_vllms_own_switches() -> None:
+    asked = ("check", *SEED, "--format", "json")
+    assert facts(run(*asked, VLLM_USE_NCCL_SYMM_MEM="1"))["cap with fusewise"] == "131072 (128K)"
+    assert facts(run(*asked, VLLM_ALLREDUCE_USE_SYMM_MEM="0"))["cap with fusewise"].startswith("52")
+    assert facts(run(*asked, FUSEWISE_VLLM="off"))["cap with fusewise"] == "524288 (512K)"
+    explicit = facts(run(*asked, FUSEWISE_CAP="384K"))
+    assert (explicit["cap with fusewise"], explicit["answered by"]) == (
+        "393216 (384K)", "environment (explicit)",
+    )  # fmt: skip
+
+
+def test_check_lists_token_caps() -> None:
+    result = run("check", *SEED, "--format", "json", "--hidden", "2048,4096,7168")
+    rows = json.loads(result.stdout)["hidden_sizes"]["rows"]
+    assert [row["max_tokens"] for row in rows] == [64, 32, 18]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["check", "--profile", "nvidia-h200-tp8"], 2, "not installed"),
+        (["check", "--profile", "nvidia-h200-tp8", "--version", "9"], 2, "unknown vLLM version"),
+        (["check", "--profile", "no-such", "--version", "0.33"], 5, "no-such"),
+        (["patch", *SEED], 2, "not installed"),
+        (["patch", *SEED, "--source", "/nowhere"], 2, "--source"),
+    ],
+)
+def test_errors_are_one_line_with_a_code(arguments: list[str], code: int, words: str) -> None:
+    result = run(*arguments)
+    assert result.exit_code == code
+    assert words in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+
+
+def test_patch_carries_the_evidence_and_applies(tmp_path: Path) -> None:
+    file = tmp_path / TABLE_FILE
+    file.parent.mkdir(parents=True)
+    file.write_text(SOURCE, encoding="utf-8")
+    result = run("patch", *SEED, "--source", str(tmp_path))
+    assert result.exit_code == 0, result.output
+    assert "| 2048 | 96 | 384K | flashinfer.one_shot | 15.0 |" in result.stdout
+    assert "44079" in result.stdout
+    subprocess.run(
+        ["git", "apply", "-"], input=result.stdout, text=True, cwd=tmp_path, check=True, timeout=30
+    )
+    changed = SOURCE.replace("8: 0.5,  # 0.5MB", "8: 0.25,  # 0.25MB", 1)
+    assert file.read_text(encoding="utf-8") == changed
+
+
+def test_patch_needs_a_cap_from_a_profile(tmp_path: Path) -> None:
+    result = run("patch", *SEED, "--source", str(tmp_path), VLLM_USE_NCCL_SYMM_MEM="1")
+    assert result.exit_code == 2
+    assert "no measured cap" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("settings", "cap", "words"),
+    [
+        (SETTINGS, 524288, "already"),
+        (replace(SETTINGS, sm=103), 262144, "no entry"),
+        (replace(SETTINGS, world_size=4, sm=100), 262144, "no entry"),
+    ],
+)
+def test_a_patch_that_changes_nothing_is_refused(
+    settings: VllmSettings, cap: int, words: str
+) -> None:
+    with pytest.raises(InputError, match=words):
+        table_patch(SOURCE, settings, cap)
+
+
+def test_an_odd_cap_keeps_its_bytes() -> None:
+    assert "+        8: 0.3814697265625,  # 0.3814697265625MB" in table_patch(
+        SOURCE, SETTINGS, 400_000
+    )
+
+
+def test_settings_have_vllms_defaults() -> None:
+    assert settings_here("0.33", NODE, "bfloat16", {}) == SETTINGS
+
+
+@pytest.mark.parametrize(
+    ("environ", "changes"),
+    [
+        ({"VLLM_USE_NCCL_SYMM_MEM": "1"}, {"nccl_symm_mem": True}),
+        ({"VLLM_ALLREDUCE_USE_SYMM_MEM": "0"}, {"symm_mem": False}),
+        ({"VLLM_ALLREDUCE_USE_FLASHINFER": "0"}, {"flashinfer_all_reduce": False}),
+        ({"VLLM_ALLREDUCE_USE_FLASHINFER": "1"}, {"flashinfer_all_reduce": True}),
+        ({"VLLM_FLASHINFER_ALLREDUCE_BACKEND": "trtllm"}, {"flashinfer_backend": "trtllm"}),
+        ({"VLLM_BATCH_INVARIANT": "1", "VLLM_USE_NCCL_SYMM_MEM": "1"}, {"symm_mem": False}),
+    ],
+)
+def test_settings_follow_the_switches(environ: dict[str, str], changes: dict[str, Any]) -> None:
+    assert settings_here("0.33", NODE, "bfloat16", environ) == replace(SETTINGS, **changes)
+
+
+def test_settings_follow_the_node() -> None:
+    bridged = NODE.model_copy(update={"fabric": "pcie", "multicast": False})
+    found = settings_here("0.33", bridged, "float16", {}, custom_all_reduce=False)
+    assert (found.fully_connected, found.multicast, found.dtype) == (False, False, "float16")
+    assert found.custom_all_reduce is False
+
+
+@pytest.mark.parametrize(
+    "environ",
+    [{"VLLM_USE_NCCL_SYMM_MEM": "yes"}, {"VLLM_FLASHINFER_ALLREDUCE_BACKEND": "nvls"}],
+)
+def test_settings_refuse_what_vllm_refuses(environ: dict[str, str]) -> None:
+    with pytest.raises(InputError, match=next(iter(environ))):
+        settings_here("0.33", NODE, "bfloat16", environ)
+
+
+@pytest.mark.parametrize("changes", [{"sm": None, "device_type": "cpu"}, {"nodes": 2}])
+def test_settings_need_the_gpus_of_one_node(changes: dict[str, Any]) -> None:
+    with pytest.raises(UnavailableError, match="one node"):
+        settings_here("0.33", NODE.model_copy(update=changes), "bfloat16", {})
+
+
+def test_the_probe_runs_in_a_process_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    probe_apart.cache_clear()
+    assert probe_apart(2).world_size == 2
+    probe_apart.cache_clear()
+    monkeypatch.setattr("sys.executable", "/nowhere/python")
+    with pytest.raises(UnavailableError, match="could not be probed"):
+        probe_apart(2)
+    probe_apart.cache_clear()
