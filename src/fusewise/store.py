@@ -140,9 +140,12 @@ def _search(node: Fingerprint, dtype: DType, environ: Mapping[str, str]) -> Reso
         notes.append(f"{level} {path.name} is stale: {'; '.join(stale)}. {TUNE_HINT}")
     for name in packaged_names():
         profile = load(name)
-        same = not profile.fingerprint.differences(node, HARDWARE)
-        if same and profile.dtype == dtype:
+        if profile.dtype != dtype or profile.fingerprint.differences(node, HARDWARE):
+            continue
+        stale = _software_differences(profile, node)
+        if not stale:
             return Resolution(profile, "packaged profile", name, tuple(notes))
+        notes.append(f"packaged profile {name} is of other versions: {'; '.join(stale)}")
     return Resolution(None, "engine default", f"no {dtype} profile for this node", tuple(notes))
 
 
