@@ -1,0 +1,1 @@
+"""The kernels on a CPU, under a random scheduler."""

@@ -1,0 +1,108 @@
+"""Compiles the kernels' own sources for the CPU: each instance is one entry of a table.
+
+The sources are included as they are; only primitives.cuh is replaced (by device.h), and FW_* macros
+choose the instance, as they do on a GPU.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+import fusewise.kernels
+
+if TYPE_CHECKING:
+    from fusewise.kernels.config import Instance
+
+HERE = Path(__file__).parent
+KERNELS = Path(fusewise.kernels.__file__).parent
+FLAGS = ["-std=c++17", "-O1", "-fPIC", "-ffp-contract=off", "-fno-gnu-unique", "-U_FORTIFY_SOURCE",
+         "-Wno-unknown-pragmas", f"-I{HERE}", f"-I{KERNELS}"]  # fmt: skip
+COPY = 0  # the table's first entry
+
+
+class CopyParams(ctypes.Structure):
+    """The copying kernel's parameter; library.h."""
+
+    _fields_: ClassVar = [
+        ("source", ctypes.c_void_p),
+        ("target", ctypes.c_void_p),
+        ("count", ctypes.c_longlong),
+    ]
+
+
+def source_of(instance: Instance, number: int) -> str:
+    """The kernel's own file, included under a name of its own, and its entry of the table."""
+    params = "".join(part.capitalize() for part in instance.kernel.split("_")) + "Params"
+    macros = [
+        *instance.defines(),
+        ("FW_SHARED_SECTION", f'"shared_{number}"'),
+        (instance.function, f"kernel_{number}"),
+    ]
+    return "\n".join(
+        [
+            *(f"#define {name} {value}" for name, value in macros),
+            f'#include "{instance.kernel}.cu"',
+            *(f"#undef {name}" for name, _ in macros),
+            f'extern "C" char __start_shared_{number}[] __attribute__((weak));',
+            f'extern "C" char __stop_shared_{number}[] __attribute__((weak));',
+            f"extern const emulator::Kernel entry_{number} = {{",
+            f"    [](const void* p) {{ kernel_{number}(*static_cast<const {params}*>(p)); }},",
+            f"    sizeof({params}), __start_shared_{number}, __stop_shared_{number}}};\n",
+        ]
+    )
+
+
+def build(instances: list[Instance], folder: Path) -> ctypes.CDLL:
+    """Compiles the instances into a library in ``folder``, unless the same one lies there.
+
+    Entry ``i + 1`` of its table is ``instances[i]``. Raises CalledProcessError with the compiler's
+    words if a source does not compile.
+    """
+    sources = {"engine": (HERE / "engine.cpp").read_text()}
+    for part in range(0, len(instances), 6):
+        numbered = enumerate(instances[part : part + 6], part + 1)
+        sources[f"kernels_{part}"] = '#include "device.h"\n' + "".join(
+            source_of(instance, number) for number, instance in numbered
+        )
+    numbers = range(1, len(instances) + 1)
+    sources["table"] = "\n".join(
+        [
+            '#include "library.h"',
+            *(f"extern const emulator::Kernel entry_{i};" for i in numbers),
+            'const emulator::Kernel copy{copy_words, sizeof(CopyParams), nullptr, nullptr};',
+            f"const emulator::Kernel* const kKernels[] = {{&copy, "
+            f"{', '.join(f'&entry_{i}' for i in numbers)}}};\n",
+        ]
+    )
+    library = folder / f"emulator-{_digest(sources)}.so"
+    if not library.exists():
+        _compile(sources, folder, library)
+    return ctypes.CDLL(str(library))
+
+
+def _digest(sources: dict[str, str]) -> str:
+    included = sorted([*HERE.glob("*.h"), *KERNELS.glob("*.cu"), *KERNELS.glob("*.cuh")])
+    texts = [*sources.values(), *(path.read_text() for path in included), *FLAGS]
+    return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:16]
+
+
+def _compile(sources: dict[str, str], folder: Path, library: Path) -> None:
+    def one(name: str) -> str:
+        source, target = folder / f"{name}.cpp", folder / f"{name}.o"
+        source.write_text(sources[name])
+        _run(["g++", *FLAGS, "-c", str(source), "-o", str(target)])
+        return str(target)
+
+    with ThreadPoolExecutor(2) as pool:
+        objects = list(pool.map(one, sources))
+    _run(["g++", "-shared", *objects, "-o", str(library)])
+
+
+def _run(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode == 0, f"{' '.join(command)}\n{done.stderr}"
