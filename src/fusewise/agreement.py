@@ -67,9 +67,12 @@ def _host() -> str:
 
 
 def agreed_plans(
-    group: Group, node: Fingerprint, argument: Profile | str | os.PathLike[str] | None
+    group: Group, node: Fingerprint, argument: Profile | Plan | str | os.PathLike[str] | None
 ) -> tuple[dict[DType, Plan], str]:
     """Every dtype's plan: rank 0 decides, all compare what they were given and what they got."""
+    if isinstance(argument, Plan):
+        group.agree("plan passed as argument", argument.digest)
+        return _with_defaults(node, [argument]), argument.source
     error: FusewiseError | None = None
     given: str | None = None
     found: list[store.Resolution] = []
@@ -90,12 +93,16 @@ def agreed_plans(
     group.agree("profile passed as argument", given)
     for note in dict.fromkeys(note for resolution in found for note in resolution.notes):
         log.warning("%s", note)
-    baseline = baseline_id(node.device_type) + UNFUSED_SUFFIX
-    plans = {dtype: default_plan(dtype, baseline) for dtype in get_args(DType)}
-    for resolution in found:
-        if resolution.profile is not None:
-            plans[resolution.profile.dtype] = derive(resolution.profile)
+    derived = [derive(resolution.profile) for resolution in found if resolution.profile is not None]
+    plans = _with_defaults(node, derived)
     documents = group.broadcast("plan", {dtype: plan.to_dict() for dtype, plan in plans.items()})
     plans = {dtype: Plan.from_dict(document) for dtype, document in documents.items()}
     group.agree("plan digest", [plan.digest for plan in plans.values()])
     return plans, found[0].where if found else "rank 0's profile"
+
+
+def _with_defaults(node: Fingerprint, plans: list[Plan]) -> dict[DType, Plan]:
+    """One plan per dtype: those given, the baseline for the others."""
+    baseline = baseline_id(node.device_type) + UNFUSED_SUFFIX
+    defaults = {dtype: default_plan(dtype, baseline) for dtype in get_args(DType)}
+    return defaults | {plan.dtype: plan for plan in plans}

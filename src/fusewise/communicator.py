@@ -19,7 +19,7 @@ import torch
 from fusewise.agreement import agreed_plans, build_backend, fingerprint_of
 from fusewise.backends.base import DTYPE_NAMES, shape_of
 from fusewise.backends.registry import backend_of, baseline_id, select
-from fusewise.bands import Band
+from fusewise.bands import Band, Plan
 from fusewise.errors import InputError, UnavailableError
 from fusewise.group import Group
 from fusewise.kernels.norm import residual_rms_norm
@@ -67,7 +67,7 @@ class Communicator:
     Args:
         group: torch's process group, or None for the default group.
         profile: a ``Profile``, a path, or a packaged profile's name; None searches for the
-            node's own. Ranks must agree.
+            node's own; or a ``Plan`` to run as it is. Ranks must agree.
         without: backends or providers never to use, such as ``["native"]``.
         max_message_bytes: what workspaces are sized for; larger messages run on the baseline.
         max_hidden_size: the widest row.
@@ -82,7 +82,7 @@ class Communicator:
     def __init__(
         self,
         group: ProcessGroup | Group | None = None,
-        profile: Profile | str | os.PathLike[str] | None = None,
+        profile: Profile | Plan | str | os.PathLike[str] | None = None,
         *,
         without: Sequence[str] = (),
         max_message_bytes: int = _MAX_MESSAGE_BYTES,
@@ -102,6 +102,13 @@ class Communicator:
         self._baseline = baseline_id(self.node.device_type)
         if self.group.world_size > 1:
             self._build(excluded)
+        self.activate()
+
+    def activate(self) -> None:
+        """Makes this the communicator that compiled graphs find under the group's name.
+
+        The one constructed last is it already; this is for taking turns.
+        """
         _by_name[self.group.name] = self
 
     def _build(self, excluded: Sequence[str]) -> None:
