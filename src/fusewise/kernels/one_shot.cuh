@@ -106,6 +106,7 @@ FW_DEVICE void one_shot(const OneShotParams& p, RowShared<kBlocks>& shared) {
   if (kBlocks > 1) cluster_barrier();  // no block writes into another before that one has started
   dependency_wait();  // by every thread: what runs after this grid may then rely on its end alone
 
+  const bool dead = is_dead(p.group);
   Words weight[kVectors] = {};
   FW_UNROLL
   for (int i = 0; i < kVectors; ++i) {
@@ -132,6 +133,10 @@ FW_DEVICE void one_shot(const OneShotParams& p, RowShared<kBlocks>& shared) {
     for (int i = 0; i < kVectors; ++i) {
       slot[i] = nullptr;
       if (column[i] < 0) continue;
+      if (dead) {  // sends nothing, takes nothing, gives NaN
+        own[i] = empty_slot();
+        continue;
+      }
       const long long unit = static_cast<long long>(row) * p.row_units + column[i] / kWarp;
       const long long offset = slot_offset<kWorld>(p.group, epoch[i] & 1u, unit, lane);
       slot[i] = p.group.slots[p.group.rank] + offset;

@@ -93,6 +93,11 @@ FW_DEVICE void push_to_peers(const GroupParams& group, long long offset, Words v
   }
 }
 
+// Whether a call before this one timed out. Its rank must then neither send nor take any more: what
+// it did not wait for may still be unread at a peer, and what comes late would pass for new. Called
+// after dependency_wait(); threads of one call may differ, so nobody skips a barrier because of it.
+FW_DEVICE bool is_dead(const GroupParams& group) { return load_word(group.dead) != 0; }
+
 // A bounded wait. Costs one counter until it has polled kPollsPerCheck times in vain.
 struct Patience {
   unsigned polls = 0;

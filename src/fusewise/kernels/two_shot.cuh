@@ -62,15 +62,17 @@ FW_DEVICE void reduce(const Tile<kWorld>& tile, TwoShotShared& shared) {
     const Piece piece = tile.piece(i, 1, p.group.rank);
     float squares = 0.0f;
     if (piece.column >= 0) {
-      const Words own = canonical(load_words(static_cast<const char*>(p.x) + tile.place(piece)));
+      Words own = canonical(load_words(static_cast<const char*>(p.x) + tile.place(piece)));
+      if (tile.dead) own = empty_slot();
       Words residual = {};
       if (has_residual) {
         residual = load_words(static_cast<const char*>(p.residual) + tile.place(piece));
       }
       const unsigned phase = shared.epoch[i] & 1u;
       const long long unit = tile.global_unit(i);
-      char* slot =
-          p.group.slots[p.group.rank] + slot_offset<kWorld>(p.group, phase, unit, lane);
+      char* slot = tile.dead ? nullptr
+                             : p.group.slots[p.group.rank] +
+                                   slot_offset<kWorld>(p.group, phase, unit, lane);
       Words got[1][kWorld - 1] = {};
       take_from_peers<kWorld, 1>(p.group, &slot, piece.row, phase, got);
       Floats<Type> total = unpack<Type>(of_rank<kWorld>(0, p.group.rank, got[0], own));
@@ -80,8 +82,10 @@ FW_DEVICE void reduce(const Tile<kWorld>& tile, TwoShotShared& shared) {
       }
       if (has_residual) add<Type>(total, residual);
       const Words rounded = canonical(pack<Type>(total));
-      push_to_peers<kWorld>(p.group, slot_offset<kWorld>(p.group, kGatherPhase, unit, lane),
-                            rounded);
+      if (!tile.dead) {
+        push_to_peers<kWorld>(p.group, slot_offset<kWorld>(p.group, kGatherPhase, unit, lane),
+                              rounded);
+      }
       store_words(static_cast<char*>(sums) + tile.place(piece), rounded);
       squares = sum_of_squares<Type>(total);
     }
@@ -107,7 +111,7 @@ FW_DEVICE void exchange_squares(const Tile<kWorld>& tile, TwoShotShared& shared)
   const TwoShotParams& p = tile.p;
   const int rank = p.group.rank;
   block_barrier();  // all of shared.squares is written
-  if (rank * p.shard_vectors < p.row_vectors) {
+  if (!tile.dead && rank * p.shard_vectors < p.row_vectors) {
     for (int i = thread_index(); i < tile.rows * (kWorld - 1); i += thread_count()) {
       const int row = i / (kWorld - 1);
       const int peer = (rank + 1 + i % (kWorld - 1)) % kWorld;
@@ -124,12 +128,12 @@ FW_DEVICE void exchange_squares(const Tile<kWorld>& tile, TwoShotShared& shared)
       }
       char* slot = partial_slot<kWorld>(p.group, rank, source, tile.first_row + row);
       Patience patience;
-      unsigned word = peek_word(slot);
-      while (word == kSentinel &&
+      unsigned word = tile.dead ? kSentinel : peek_word(slot);
+      while (word == kSentinel && !tile.dead &&
              patience.more(p.group, tile.first_row + row, kPartialPhase, source)) {
         word = peek_word(slot);
       }
-      push_word(slot, kSentinel);
+      if (!tile.dead) push_word(slot, kSentinel);
       sum += float_of(word);
     }
     shared.scale[row] = reciprocal_sqrt(sum * p.inverse_hidden_size + p.eps);
@@ -157,17 +161,17 @@ FW_DEVICE void gather(const Tile<kWorld>& tile, const TwoShotShared& shared) {
       const long long unit = tile.global_unit(piece[j].unit);
       slot[j] = p.group.slots[rank] + slot_offset<kWorld>(p.group, kGatherPhase, unit, lane) +
                 dense(piece[j].owner, rank) * kUnitBytes;
-      if (piece[j].column >= 0) v[j] = peek_words(slot[j]);
+      if (piece[j].column >= 0) v[j] = tile.dead ? empty_slot() : peek_words(slot[j]);
     }
     FW_UNROLL
     for (int j = 0; j < kAhead; ++j) {
       if (piece[j].column < 0) continue;
       Patience patience;
-      while (!complete(v[j]) &&
+      while (!complete(v[j]) && !tile.dead &&
              patience.more(p.group, piece[j].row, kGatherPhase, piece[j].owner)) {
         v[j] = peek_words(slot[j]);
       }
-      push_words(slot[j], empty_slot());
+      if (!tile.dead) push_words(slot[j], empty_slot());
       store_words(static_cast<char*>(sums) + tile.place(piece[j]), v[j]);
       if (kOutput == Output::kNorm) {
         store_words(static_cast<char*>(p.output.out) + tile.place(piece[j]),
@@ -180,14 +184,15 @@ FW_DEVICE void gather(const Tile<kWorld>& tile, const TwoShotShared& shared) {
 template <class Type, int kWorld, Output kOutput, bool kEarlyTrigger, class Skew = NoSkew>
 FW_DEVICE void two_shot(const TwoShotParams& p, TwoShotShared& shared) {
   dependency_wait();  // by every thread, as in one_shot
+  const bool dead = is_dead(p.group);
   const int tiles = (p.num_tokens + p.rows_per_tile - 1) / p.rows_per_tile;
   for (int number = block_index(); number < tiles; number += block_count()) {
     const int first_row = number * p.rows_per_tile;
     const int left = p.num_tokens - first_row;
-    const Tile<kWorld> tile{p, first_row, left < p.rows_per_tile ? left : p.rows_per_tile};
+    const Tile<kWorld> tile{p, first_row, left < p.rows_per_tile ? left : p.rows_per_tile, dead};
     open_tile(tile, shared);
     Skew::before_push(p.group.rank, first_row);
-    scatter(tile, shared);
+    if (!dead) scatter(tile, shared);
     if (kEarlyTrigger) dependents_launch();
     Skew::before_take(p.group.rank, first_row);
     reduce<Type, kWorld, kOutput>(tile, shared);

@@ -53,6 +53,7 @@ struct Tile {
   const TwoShotParams& p;
   int first_row;
   int rows;
+  bool dead;  // sends nothing, takes nothing, gives NaN
 
   FW_DEVICE int units() const { return rows * p.shard_units; }
 
