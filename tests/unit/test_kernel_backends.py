@@ -1,0 +1,255 @@
+"""The native backends' host side without a GPU: what each call hands to the driver."""
+
+from __future__ import annotations
+
+import copy
+import types
+from typing import Any
+
+import pytest
+import torch
+
+from fusewise.backends import native
+from fusewise.backends.native import OneShot, TwoShot
+from fusewise.errors import InputError, RankTimeoutError, UnavailableError
+from fusewise.kernels.fp8 import Fp8
+from fusewise.kernels.launch import Kernels
+from fusewise.node import Fingerprint
+from fusewise.shape import Shape
+from tests.provider_fakes import MirrorGroup
+from tests.unit.test_workspace import Host
+
+pytest.importorskip("cuda.core", reason='needs pip install "fusewise[cuda]"')
+
+STREAM = 0
+
+
+class Driver:
+    """Records launches; answers as a device of 132 multiprocessors with four blocks on each."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, sm: int = 90) -> None:
+        from cuda.bindings import driver
+
+        self.launches: list[Any] = []
+        self.grids: list[int] = []
+        self.answer = driver.CUresult.CUDA_SUCCESS
+        self.loads: list[Any] = []
+        facts = types.SimpleNamespace(major=sm // 10, minor=sm % 10, multi_processor_count=132)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: facts)
+        monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda i: STREAM, raising=False)
+        monkeypatch.setattr(Kernels, "load", self.load)
+        monkeypatch.setattr(
+            driver, "cuOccupancyMaxActiveBlocksPerMultiprocessor", lambda *a: (self.answer, 4)
+        )
+        monkeypatch.setattr(driver, "cuLaunchKernelEx", self.launch)
+
+    def load(self, instance: Any) -> Any:
+        self.loads.append(instance)
+        return types.SimpleNamespace(handle=1)
+
+    def launch(self, config: Any, function: Any, arguments: int, extra: int) -> tuple[Any]:
+        import ctypes
+
+        address = ctypes.c_void_p.from_address(arguments).value
+        assert address is not None
+        kind = type(self.backend._launches[next(iter(self.backend._launches))].parameters)
+        self.launches.append(copy.copy(kind.from_address(address)))
+        self.grids.append(config.gridDimX)
+        return (self.answer,)
+
+    backend: Any
+
+
+def built(
+    monkeypatch: pytest.MonkeyPatch, kind: Any = OneShot, world_size: int = 2, sm: int = 90
+) -> tuple[Any, Driver]:
+    Host(monkeypatch, world_size)
+    driver = Driver(monkeypatch, sm)
+    driver.backend = kind(MirrorGroup(world_size), Shape(1024, 2048))
+    return driver.backend, driver
+
+
+def rows(num_tokens: int = 3, hidden_size: int = 2048, dtype: Any = torch.bfloat16) -> torch.Tensor:
+    return torch.zeros(num_tokens, hidden_size, dtype=dtype)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"device_type": "cpu", "sm": None, "fabric": "shm"}, "needs NVIDIA GPUs"),
+        ({"sm": 75}, "needs sm_80 or newer, this is sm_75"),
+        ({"world_size": 3}, "is written for 2, 4, 8 ranks, the group has 3"),
+        ({"nodes": 2}, "several hosts"),
+        ({"sm": 80}, None),
+        ({}, None),
+    ],
+)
+def test_where_one_shot_is_available(changes: dict[str, Any], reason: str | None) -> None:
+    facts = {"device_type": "cuda", "device": "NVIDIA H200", "sm": 90, "world_size": 2}
+    node = Fingerprint(**{**facts, "fabric": "nv18", **changes})
+    found = OneShot.available(node)
+    assert found is None if reason is None else found is not None and reason in found
+
+
+def test_two_shot_needs_four_ranks_and_both_need_the_compiler(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    facts: dict[str, Any] = {"device_type": "cuda", "device": "x", "sm": 90, "fabric": "nv18"}
+    two, four = Fingerprint(world_size=2, **facts), Fingerprint(world_size=4, **facts)
+    assert TwoShot.available(two) == "is written for 4, 8 ranks, the group has 2"
+    assert TwoShot.available(four) is None
+    monkeypatch.setattr(native, "missing_compiler", lambda: "cuda.core is not installed")
+    assert TwoShot.available(four) == "cuda.core is not installed"
+
+
+def test_a_fused_call_hands_over_every_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
+    backend, driver = built(monkeypatch)
+    x, residual, weight = rows(), rows(), rows(1).view(-1)
+    norm, total = backend.all_reduce_rms_norm(x, residual, weight, 1e-5, 1.0)
+    sent = driver.launches[0]
+    assert (sent.x, sent.residual, sent.weight) == (
+        x.data_ptr(), residual.data_ptr(), weight.data_ptr()
+    )  # fmt: skip
+    assert (sent.output.out, sent.residual_out) == (norm.data_ptr(), total.data_ptr())
+    assert sent.eps == pytest.approx(1e-5) and sent.weight_bias == 1.0
+    assert (sent.num_tokens, sent.row_vectors, sent.row_units) == (3, 256, 8)
+    assert sent.inverse_hidden_size == 1 / 2048
+    assert list(sent.group.slots)[:3] == [4096, 8192, 0]
+    assert sent.group.timeout_ns == 5_000_000_000
+
+
+def test_a_call_without_residual_sends_none_after_one_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    backend, driver = built(monkeypatch)
+    backend.all_reduce_rms_norm(rows(), rows(), rows(1).view(-1), 1e-6)
+    backend.all_reduce_rms_norm(rows(), None, rows(1).view(-1), 1e-6)
+    assert driver.launches[0].residual != 0
+    assert driver.launches[1].residual == 0
+    assert len(backend._launches) == 1
+
+
+def test_a_plain_sum_writes_to_its_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    backend, driver = built(monkeypatch)
+    x = rows()
+    out = backend.all_reduce(x)
+    assert driver.launches[0].output.out == out.data_ptr() != x.data_ptr()
+    assert driver.loads[-1].output == "kSum"
+
+
+@pytest.mark.parametrize(("num_tokens", "grid"), [(1, 1), (528, 528), (529, 528)])
+def test_no_more_blocks_than_fit_at_once(
+    monkeypatch: pytest.MonkeyPatch, num_tokens: int, grid: int
+) -> None:
+    backend, driver = built(monkeypatch)
+    backend.all_reduce(rows(num_tokens))
+    assert driver.grids == [grid]
+
+
+def test_two_shot_tells_the_kernel_its_shards(monkeypatch: pytest.MonkeyPatch) -> None:
+    backend, driver = built(monkeypatch, TwoShot, 4)
+    backend.all_reduce(rows(5, 2880))
+    sent = driver.launches[0]
+    assert (sent.row_vectors, sent.shard_vectors, sent.shard_units) == (360, 90, 3)
+    assert sent.rows_per_tile == 1
+
+
+@pytest.mark.parametrize(
+    ("shape", "reason"),
+    [
+        (Shape(1024, 2048), None),
+        (Shape(1024, 2044), "hidden size 2044 is no multiple of 8"),
+        (Shape(0, 2048), "an empty message"),
+        (Shape(2048, 2048), "needs 16384 slots of 512 bytes per peer, has 9217"),
+        (Shape(1, 65536), None),
+        (Shape(1, 65544), "rows of 131088 bytes, the kernel takes 131072"),
+    ],
+)
+def test_what_one_shot_admits(
+    monkeypatch: pytest.MonkeyPatch, shape: Shape, reason: str | None
+) -> None:
+    backend, _ = built(monkeypatch)
+    assert backend.admits(shape) == reason
+
+
+def test_a_shape_that_is_not_admitted_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    backend, driver = built(monkeypatch)
+    with pytest.raises(InputError, match="needs 16384 slots"):
+        backend.all_reduce(rows(2048))
+    backend.reserve(Shape(2048, 2048))
+    backend.all_reduce(rows(2048))
+    assert len(driver.launches) == 1
+
+
+@pytest.mark.parametrize(("world_size", "tokens"), [(4, 4096), (8, 1024)])
+def test_one_shot_stops_where_staging_outgrows_it(
+    monkeypatch: pytest.MonkeyPatch, world_size: int, tokens: int
+) -> None:
+    Host(monkeypatch, world_size)
+    Driver(monkeypatch)
+    backend = OneShot(MirrorGroup(world_size), Shape(16384, 2048))  # type: ignore[arg-type]
+    assert backend.admits(Shape(tokens, 2048)) is None
+    assert backend.admits(Shape(2 * tokens, 2048)) is not None
+
+
+def test_a_misaligned_tensor_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    backend, driver = built(monkeypatch)
+    x = torch.zeros(3 * 2048 + 1, dtype=torch.bfloat16)[1:].view(3, 2048)
+    with pytest.raises(InputError, match="not aligned"):
+        backend.all_reduce(x)
+    assert not driver.launches
+
+
+def test_after_a_time_out_every_call_says_who_was_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    backend, _ = built(monkeypatch)
+    backend.all_reduce(rows())
+    backend._workspace.status[:5] = torch.tensor([1, 0, 17, 1, 1], dtype=torch.int32)
+    with pytest.raises(RankTimeoutError, match=r"rank 0 waited at row 17 for rank 1 \(phase 1\)"):
+        backend.all_reduce(rows())
+
+
+def test_a_refused_launch_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    from cuda.bindings import driver as bindings
+
+    backend, driver = built(monkeypatch)
+    driver.answer = bindings.CUresult.CUDA_ERROR_INVALID_VALUE
+    backend._launches.clear()
+    with pytest.raises(UnavailableError, match="CUDA_ERROR_INVALID_VALUE"):
+        backend.all_reduce(rows())
+
+
+def test_a_closed_backend_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
+    backend, _ = built(monkeypatch)
+    backend.all_reduce(rows())
+    backend.close()
+    backend.close()
+    with pytest.raises(UnavailableError, match="closed"):
+        backend.all_reduce(rows())
+
+
+@pytest.mark.parametrize("scaling", ["static", "token", "group"])
+@pytest.mark.parametrize("keep_norm", [False, True])
+def test_fp8_outputs_are_of_their_shapes(
+    monkeypatch: pytest.MonkeyPatch, scaling: Any, keep_norm: bool
+) -> None:
+    backend, driver = built(monkeypatch)
+    scale = torch.ones(1) if scaling == "static" else None
+    fp8 = Fp8(scaling, keep_norm)
+    result = backend.all_reduce_rms_norm_fp8(
+        rows(3, 2880), None, rows(1, 2880).view(-1), 1e-6, fp8, static_scale=scale
+    )
+    sent = driver.launches[0].output
+    assert result.quantised.dtype == torch.float8_e4m3fn and result.quantised.shape == (3, 2880)
+    assert (
+        tuple(result.scales.shape) == {"static": (1,), "token": (3, 1), "group": (3, 23)}[scaling]
+    )
+    assert sent.quantised == result.quantised.data_ptr()
+    assert sent.scales == result.scales.data_ptr()
+    assert (sent.out != 0) is keep_norm is (result.norm is not None)
+
+
+def test_fp8_needs_sm_89_and_the_right_scale(monkeypatch: pytest.MonkeyPatch) -> None:
+    old, _ = built(monkeypatch, sm=80)
+    with pytest.raises(UnavailableError, match="sm_89"):
+        old.all_reduce_rms_norm_fp8(rows(), None, rows(1).view(-1), 1e-6, Fp8("token"))
+    new, _ = built(monkeypatch, sm=89)
+    with pytest.raises(InputError, match="static_scale"):
+        new.all_reduce_rms_norm_fp8(rows(), None, rows(1).view(-1), 1e-6, Fp8("static"))
