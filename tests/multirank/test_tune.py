@@ -1,0 +1,104 @@
+"""The tune end to end on CPU ranks: by its own spawner, under torchrun, on two torchrun nodes."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fusewise import store
+from fusewise.plan import derive
+from fusewise.profile import Profile
+
+SMALL = (
+    "tune", "--hidden", "64,128", "--min-bytes", "1K", "--max-bytes", "16K", "--budget", "4s",
+    "--rounds", "7", "--format", "json",
+)  # fmt: skip
+
+
+def environment(home: Path) -> dict[str, str]:
+    return os.environ | {"FUSEWISE_HOME": str(home), "OMP_NUM_THREADS": "1"}
+
+
+def profiles(home: Path) -> list[Profile]:
+    return [store.load(path) for path in sorted((home / "profiles").glob("device=*.json"))]
+
+
+def run(command: list[str], home: Path) -> tuple[str, str]:
+    done = subprocess.run(
+        command, env=environment(home), capture_output=True, text=True, timeout=110, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout, done.stderr
+
+
+def check(profile: Profile) -> None:
+    """A whole profile of two CPU ranks: both paths, both operations, and a plan from it."""
+    assert profile.fingerprint.device_type == "cpu"
+    assert (profile.fingerprint.world_size, profile.fingerprint.fabric) == (2, "shm")
+    assert {path.name for path in profile.paths} == {"gloo + rms_norm", "shm.one_shot"}
+    assert {sample.op for sample in profile.samples} >= {"all_reduce_rms_norm"}
+    assert all(len(sample.times_us) == 7 for sample in profile.samples)
+    assert derive(profile).tables
+
+
+def test_tune_and_bench_by_our_own_spawner(tmp_path: Path) -> None:
+    out, err = run([sys.executable, "-m", "fusewise", *SMALL], tmp_path)
+    assert json.loads(out)["bands"]["rows"]
+    assert "wrote " in err
+    (profile,) = profiles(tmp_path)
+    check(profile)
+    bench = ["bench", "--hidden", "64", "--max-bytes", "8K", "--rounds", "5", "--format", "json"]
+    out, _ = run([sys.executable, "-m", "fusewise", *bench], tmp_path)
+    rows: list[dict[str, Any]] = json.loads(out)["bench"]["rows"]
+    assert {row["path"] for row in rows} == {
+        "gloo", "gloo + rms_norm", "shm.one_shot",
+    }  # fmt: skip
+    assert {row["wrong"] for row in rows} == {0}
+    assert all(row["busbw_gbps"] == pytest.approx(row["algbw_gbps"]) for row in rows)
+
+
+def torchrun(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "torch.distributed.run", *arguments, "-m", "fusewise", *SMALL]
+
+
+def test_torchrun_does_the_same(tmp_path: Path) -> None:
+    out, _ = run(torchrun("--nproc-per-node", "2"), tmp_path)
+    assert json.loads(out)["bands"]["rows"], "one rank prints, once"
+    (profile,) = profiles(tmp_path)
+    check(profile)
+
+
+def test_two_torchrun_nodes_share_one_measurement_of_one_fabric(tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    homes = [tmp_path / str(node) for node in range(2)]
+    nodes = [
+        subprocess.Popen(
+            torchrun(
+                "--nnodes", "2", "--node-rank", str(node), "--nproc-per-node", "2",
+                "--master-addr", "127.0.0.1", "--master-port", str(port),
+            ),
+            env=environment(home), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for node, home in enumerate(homes)
+    ]  # fmt: skip
+    try:
+        printed = [node.communicate(timeout=110) for node in nodes]
+    finally:
+        for node in nodes:
+            node.kill()
+            node.wait()
+    assert [node.returncode for node in nodes] == [0, 0], printed
+    assert json.loads(printed[0][0])["bands"]["rows"]
+    assert printed[1][0] == "", "only the first of all ranks prints"
+    (first,), (second,) = (profiles(home) for home in homes)
+    check(first)
+    assert first == second, "measured once, written by both nodes"

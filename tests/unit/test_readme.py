@@ -1,0 +1,56 @@
+"""What the README shows is true: its example runs as printed, its links and commands exist."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from fusewise.cli import app
+
+ROOT = Path(__file__).parents[2]
+TEXT = (ROOT / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", TEXT, re.DOTALL)
+
+
+def test_the_python_example_runs_as_printed(tmp_path: Path) -> None:
+    (source,) = blocks("python")
+    example = tmp_path / "example.py"
+    example.write_text(source)
+    run = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(example)],
+        env=os.environ | {"FUSEWISE_HOME": str(tmp_path), "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, timeout=100, check=False,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.count("rms_norm") == 2, "every rank prints its decision"
+
+
+def test_the_commands_of_the_readme_exist() -> None:
+    named = set(re.findall(r"^fusewise ([a-z]+)", "\n".join(blocks("sh")), re.MULTILINE))
+    assert named >= {"show", "explain", "audit", "cap", "doctor", "bench"}
+    for command in named:
+        assert CliRunner().invoke(app, [command, "--help"]).exit_code == 0, command
+    makefile = (ROOT / "Makefile").read_text()
+    for target in re.findall(r"^make ([a-z]+)", "\n".join(blocks("sh")), re.MULTILINE):
+        assert f"\n{target}:" in makefile
+
+
+def test_the_packaged_profiles_cap_is_the_one_the_readme_prints() -> None:
+    result = CliRunner().invoke(app, ["cap", "--engine", "vllm", "--profile", "nvidia-h200-tp2"])
+    number, flag = result.stdout.splitlines()[:2]
+    assert f"# {number}\n# {flag}\n" in TEXT
+
+
+@pytest.mark.parametrize("document", sorted(ROOT.glob("*.md")) + sorted(ROOT.glob("docs/*.md")))
+def test_links_between_documents_lead_somewhere(document: Path) -> None:
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)", document.read_text()):
+        assert (document.parent / target).exists(), target
