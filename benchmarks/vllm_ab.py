@@ -224,8 +224,9 @@ def main() -> int:
     asked = parse()
     shape: dict[str, Any] = {**SHAPES[asked.shape]}
     shape["num_hidden_layers"] = asked.layers or shape["num_hidden_layers"]
-    from fusewise.node import probe
     from vllm.plugins import load_general_plugins
+
+    from fusewise.node import probe
 
     # Loaded once per process: with a mode that prepares it. Each engine then has its own.
     os.environ["FUSEWISE_VLLM"] = "cap"
