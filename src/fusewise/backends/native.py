@@ -191,18 +191,13 @@ class _Native(Backend):
             )
         check_static_scale(fp8, static_scale, x.device)
         launch = self._launch_for(x, _OUTPUTS[fp8.scaling])
-        norm = torch.empty_like(x) if fp8.keep_norm else None
-        total = torch.empty_like(x)
-        quantised = torch.empty_like(x, dtype=torch.float8_e4m3fn)
-        scales = static_scale
-        if scales is None:
-            scales = x.new_empty(fp8.scales_shape(*x.shape), dtype=torch.float32)
-        launch.output.out = 0 if norm is None else norm.data_ptr()
-        launch.output.quantised = quantised.data_ptr()
-        launch.output.scales = launch.output.static_scale = scales.data_ptr()
-        self._fill(launch, x, residual, weight, total, eps, weight_bias)
+        result = fp8.empty_result(x, static_scale)
+        launch.output.out = 0 if result.norm is None else result.norm.data_ptr()
+        launch.output.quantised = result.quantised.data_ptr()
+        launch.output.scales = launch.output.static_scale = result.scales.data_ptr()
+        self._fill(launch, x, residual, weight, result.residual_out, eps, weight_bias)
         self._enqueue(launch)
-        return Fp8Result(quantised, scales, total, norm)
+        return result
 
     def check(self) -> None:
         """Raises if a kernel of this rank waited in vain; reads one host word, waits for nothing.
@@ -211,15 +206,7 @@ class _Native(Backend):
             RankTimeoutError: names the rank that waited, the row, the phase and the missing peer.
         """
         if self._status.state:
-            waited, status = self.group.ranks, self._status
-            raise RankTimeoutError(
-                f"{self.id} of {self.group} is dead",
-                expected=f"{_PHASES[status.phase]} within {self.group.timeout_s:g} s",
-                got=f"rank {waited[status.rank]} waited at row {status.row} "
-                f"for rank {waited[status.peer]} (phase {status.phase})",
-                hint="Results since then are NaN. Every rank must make the same calls in the same "
-                "order; see the missing rank's own output, then build a new communicator.",
-            )
+            raise _timed_out(self.id, self.group, self._status)
 
     def _launch_for(self, x: Tensor, output: Output) -> Any:
         self.check()
@@ -278,6 +265,17 @@ class _Native(Backend):
             return
         self._workspace.close()
         self._launches.clear()
+
+
+def _timed_out(backend_id: str, group: Group, status: Status) -> RankTimeoutError:
+    return RankTimeoutError(
+        f"{backend_id} of {group} is dead",
+        expected=f"{_PHASES[status.phase]} within {group.timeout_s:g} s",
+        got=f"rank {group.ranks[status.rank]} waited at row {status.row} "
+        f"for rank {group.ranks[status.peer]} (phase {status.phase})",
+        hint="Results since then are NaN. Every rank must make the same calls in the same order; "
+        "see the missing rank's own output, then build a new communicator.",
+    )
 
 
 def _stream_at(address: int, device: torch.device) -> Any:

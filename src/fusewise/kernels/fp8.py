@@ -36,6 +36,18 @@ class Fp8:
             return (1,)
         return (num_tokens, 1 if self.scaling == "token" else -(-hidden_size // GROUP))
 
+    def empty_result(self, x: Tensor, static_scale: Tensor | None) -> Fp8Result:
+        """Uninitialised outputs for an input like ``x``."""
+        scales = static_scale
+        if scales is None:
+            scales = x.new_empty(self.scales_shape(*x.shape), dtype=torch.float32)
+        return Fp8Result(
+            quantised=torch.empty_like(x, dtype=torch.float8_e4m3fn),
+            scales=scales,
+            residual_out=torch.empty_like(x),
+            norm=torch.empty_like(x) if self.keep_norm else None,
+        )
+
 
 @dataclass(frozen=True)
 class Fp8Result:

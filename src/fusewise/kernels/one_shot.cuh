@@ -92,6 +92,7 @@ FW_DEVICE void one_shot(const OneShotParams& p, RowShared<kBlocks>& shared) {
   const int worker = block_index() / kBlocks;
   const int workers = block_count() / kBlocks;
   const int block = block_index() % kBlocks;
+  prefetch(p.group.dead);
   int column[kVectors];
   FW_UNROLL
   for (int i = 0; i < kVectors; ++i) {

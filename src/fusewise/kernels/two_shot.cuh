@@ -183,6 +183,12 @@ FW_DEVICE void gather(const Tile<kWorld>& tile, const TwoShotShared& shared) {
 
 template <class Type, int kWorld, Output kOutput, bool kEarlyTrigger, class Skew = NoSkew>
 FW_DEVICE void two_shot(const TwoShotParams& p, TwoShotShared& shared) {
+  prefetch(p.group.dead);
+  if (thread_index() < p.rows_per_tile * p.shard_units) {
+    const long long unit = static_cast<long long>(block_index()) * p.rows_per_tile * p.shard_units;
+    const long long at = unit + thread_index();
+    if (at < p.group.unit_capacity) prefetch(p.group.epochs + at);
+  }
   dependency_wait();  // by every thread, as in one_shot
   const bool dead = is_dead(p.group);
   const int tiles = (p.num_tokens + p.rows_per_tile - 1) / p.rows_per_tile;

@@ -1,0 +1,68 @@
+"""The reference quantiser: its scales, its edges, and what must not pass."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fusewise.errors import InputError
+from fusewise.kernels.fp8 import FP8_MAX, GROUP, MIN_SCALE, Fp8, quantise
+
+
+def test_a_tokens_largest_element_becomes_448() -> None:
+    norm = torch.tensor([[0.5, -2.0, 1.0] + [0.0] * 5, [3.0] * 8])
+    quantised, scales = quantise(norm, Fp8("token"))
+    assert torch.equal(scales, torch.tensor([[2.0], [3.0]]) / FP8_MAX)
+    assert quantised.float().abs().amax(1).tolist() == [FP8_MAX, FP8_MAX]
+    restored = quantised.float() * scales
+    assert torch.allclose(restored, norm, rtol=2**-4)
+
+
+def test_a_row_of_zeros_keeps_a_finite_scale() -> None:
+    quantised, scales = quantise(torch.zeros(1, 8), Fp8("token"))
+    assert scales.item() == pytest.approx(MIN_SCALE)
+    assert quantised.float().tolist() == [[0.0] * 8]
+
+
+@pytest.mark.parametrize(("hidden_size", "groups"), [(128, 1), (136, 2), (2880, 23), (4096, 32)])
+def test_groups_of_128_and_a_shorter_last_one(hidden_size: int, groups: int) -> None:
+    norm = torch.randn(3, hidden_size)
+    _, scales = quantise(norm, Fp8("group"))
+    assert scales.shape == (3, groups) == Fp8("group").scales_shape(3, hidden_size)
+    last = norm[:, (groups - 1) * GROUP :].abs().amax(1) / FP8_MAX
+    assert torch.equal(scales[:, -1], last)
+
+
+def test_a_static_scale_saturates_and_keeps_nan() -> None:
+    norm = torch.tensor([[1000.0, -1e9, float("inf"), float("nan"), 448.0, 0.25, -0.0, 1.0]])
+    quantised, scales = quantise(norm, Fp8("static"), torch.tensor([1.0]))
+    value = quantised.float()[0]
+    assert value[:3].tolist() == [FP8_MAX, -FP8_MAX, FP8_MAX]
+    assert value[3].isnan()
+    assert value[4:].tolist() == [448.0, 0.25, 0.0, 1.0]
+    assert torch.signbit(value[6])
+    assert scales.tolist() == [1.0]
+
+
+@pytest.mark.parametrize(
+    ("fp8", "scale"),
+    [
+        (Fp8("static"), None),
+        (Fp8("token"), torch.ones(1)),
+        (Fp8("group"), torch.ones(1)),
+        (Fp8("static"), torch.ones(2)),
+        (Fp8("static"), torch.ones(1, dtype=torch.float64)),
+    ],
+)
+def test_a_scale_that_does_not_fit_is_refused(fp8: Fp8, scale: torch.Tensor | None) -> None:
+    with pytest.raises(InputError):
+        quantise(torch.ones(1, 8), fp8, scale)
+
+
+def test_results_are_allocated_as_described() -> None:
+    x = torch.zeros(3, 256, dtype=torch.bfloat16)
+    result = Fp8("group", keep_norm=True).empty_result(x, None)
+    assert result.quantised.dtype == torch.float8_e4m3fn and result.quantised.shape == x.shape
+    assert result.scales.shape == (3, 2) and result.scales.dtype == torch.float32
+    assert result.norm is not None and result.norm.dtype == x.dtype
+    assert Fp8("token").empty_result(x, None).norm is None
