@@ -191,3 +191,12 @@ def test_the_probe_runs_in_a_process_of_its_own(monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(UnavailableError, match="could not be probed"):
         probe_apart(2)
     probe_apart.cache_clear()
+
+
+def test_the_documents_example_is_what_check_prints() -> None:
+    page = Path(__file__).resolve().parents[2] / "docs" / "vllm.md"
+    blocks = page.read_text(encoding="utf-8").split("```text\n")[1:]
+    log, example = (block.split("```")[0].strip().splitlines() for block in blocks)
+    printed = run("check", *SEED).stdout.splitlines()
+    assert [line for line in example if line not in printed] == []
+    assert log[0].endswith("packaged profile nvidia-h200-tp8")
