@@ -25,6 +25,7 @@ tune: $(STAMP) ## measure this machine, write its profile, print table and decis
 	@$(BIN)/fusewise tune
 
 test: $(STAMP) ## every test this machine can run
+	@$(BIN)/python tests/vllm_sources.py
 	@$(BIN)/python -m pytest
 
 check: $(STAMP) ## formatting, lint, types

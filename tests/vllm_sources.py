@@ -70,7 +70,7 @@ def fetch(version: str) -> None:
     with tempfile.TemporaryDirectory(dir=FOLDER) as scratch:
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
         command += ["--disable-pip-version-check", "--no-cache-dir", "--only-binary", ":all:"]
-        command += ["--dest", scratch, f"vllm=={version}"]
+        command += ["--retries", "1", "--dest", scratch, f"vllm=={version}"]
         subprocess.run(command, check=True, timeout=DOWNLOAD_TIMEOUT_S)
         (wheel,) = Path(scratch).glob("*.whl")
         with zipfile.ZipFile(wheel) as archive:
