@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import socket
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
@@ -67,9 +68,16 @@ def _host() -> str:
 
 
 def agreed_plans(
-    group: Group, node: Fingerprint, argument: Profile | Plan | str | os.PathLike[str] | None
+    group: Group,
+    node: Fingerprint,
+    argument: Profile | Plan | str | os.PathLike[str] | None,
+    without: Collection[str] = (),
 ) -> tuple[dict[DType, Plan], str]:
-    """Every dtype's plan: rank 0 decides, all compare what they were given and what they got."""
+    """Every dtype's plan: rank 0 decides, all compare what they were given and what they got.
+
+    Backends in ``without`` are taken out of the profile before the plan is derived, so that the
+    best of the others runs; a ``Plan`` is taken as it is.
+    """
     if isinstance(argument, Plan):
         group.agree("plan passed as argument", argument.digest)
         return _with_defaults(node, [argument]), argument.source
@@ -93,7 +101,8 @@ def agreed_plans(
     group.agree("profile passed as argument", given)
     for note in dict.fromkeys(note for resolution in found for note in resolution.notes):
         log.warning("%s", note)
-    derived = [derive(resolution.profile) for resolution in found if resolution.profile is not None]
+    profiles = [resolution.profile.without(without) for resolution in found if resolution.profile]
+    derived = [derive(profile) for profile in profiles if profile is not None]
     plans = _with_defaults(node, derived)
     documents = group.broadcast("plan", {dtype: plan.to_dict() for dtype, plan in plans.items()})
     plans = {dtype: Plan.from_dict(document) for dtype, document in documents.items()}

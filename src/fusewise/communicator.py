@@ -91,17 +91,19 @@ class Communicator:
     ) -> None:
         self.group = group if isinstance(group, Group) else Group(group, timeout_s=timeout_s)
         self.node = fingerprint_of(self.group)
-        excluded = sorted(select(without))
-        self.group.agree("settings", [excluded, max_message_bytes, max_hidden_size])
-        self.plans, self.source = agreed_plans(self.group, self.node, profile)
+        excluded = select(without)
+        self.group.agree("settings", [sorted(excluded), max_message_bytes, max_hidden_size])
+        self.plans, self.source = agreed_plans(self.group, self.node, profile, excluded)
         tokens = max(1, max_message_bytes // (2 * max_hidden_size))
         self._max_shape = Shape(tokens, max_hidden_size, "bfloat16")
         self._backends: dict[str, Backend] = {}
         self._routes: dict[tuple[Op, torch.Size, torch.dtype, bool, bool], Backend] = {}
         self._told: set[str] = set()
         self._baseline = baseline_id(self.node.device_type)
-        if self.group.world_size > 1:
-            self._build(excluded)
+        while self.group.world_size > 1 and (failed := self._build(excluded)):
+            # The best of the others takes the sizes of those that cannot be built.
+            excluded |= failed
+            self.plans, self.source = agreed_plans(self.group, self.node, profile, excluded)
         self.activate()
 
     def activate(self) -> None:
@@ -111,11 +113,12 @@ class Communicator:
         """
         _by_name[self.group.name] = self
 
-    def _build(self, excluded: Sequence[str]) -> None:
+    def _build(self, excluded: set[str]) -> set[str]:
+        """Builds what the plans name and is missing; returns what failed, the same on all ranks."""
         named = {backend_of(path) for plan in self.plans.values() for path in plan.paths()}
+        failures: set[str] = set()
         for backend_id in [self._baseline, *sorted(named - {self._baseline})]:
-            if backend_id in excluded:
-                self._tell(f"{backend_id} is excluded; its sizes go to {self._baseline}")
+            if backend_id in self._backends or backend_id in excluded - {self._baseline}:
                 continue
             backend, failed = build_backend(backend_id, self.group, self.node, self._max_shape)
             if backend is not None:
@@ -124,6 +127,8 @@ class Communicator:
                 raise UnavailableError(f"the baseline {backend_id} cannot be built", got=failed)
             else:
                 self._tell(f"{backend_id} is disabled on all ranks: {failed}")
+                failures.add(backend_id)
+        return failures
 
     def all_reduce(self, x: Tensor) -> Tensor:
         """The sum of all ranks' ``x`` as a new tensor.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Collection
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -156,6 +157,24 @@ class Profile(_Record):
             KeyError: no such path.
         """
         return next_path(self.paths, name)
+
+    def without(self, backends: Collection[str]) -> Profile | None:
+        """The same observations less those of some backends; None when nothing is left.
+
+        Args:
+            backends: backend ids, such as ``native.one_shot``.
+        """
+        kept = tuple(s for s in self.samples if s.path.removesuffix(UNFUSED_SUFFIX) not in backends)
+        if len(kept) == len(self.samples):
+            return self
+        if not kept:
+            return None
+        names = {sample.path for sample in kept}
+        paths = tuple(path for path in self.paths if path.name in names)
+        deltas = tuple(d for d in self.deltas if {d.fused, d.unfused} <= names)
+        return self.model_copy(
+            update={"samples": kept, "paths": paths or self.paths, "deltas": deltas}
+        )
 
     def points(self, op: Op = "all_reduce_rms_norm") -> dict[int, dict[Shape, dict[str, Sample]]]:
         """Samples as hidden_size → shape (ascending) → path name → sample."""

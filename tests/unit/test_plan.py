@@ -64,6 +64,17 @@ def test_a_path_measured_on_one_side_only_ends_at_the_next_measured_size() -> No
     assert plan.tables[0].bands[1].min_bytes == 262144
 
 
+def test_without_a_backend_the_best_of_the_others_takes_its_sizes() -> None:
+    rows = {t: {"native.one_shot": 3.0, FUSED: 5.0, UNFUSED: 8.0} for t in (1, 64)}
+    whole = profile_of(rows)
+    assert derive(whole).tables[0].bands[0].path == "native.one_shot"
+    less = whole.without({"native.one_shot"})
+    assert less is not None
+    assert derive(less) == derive(profile_of({t: {FUSED: 5.0, UNFUSED: 8.0} for t in (1, 64)}))
+    assert whole.without({"custom"}) is whole
+    assert whole.without({"native.one_shot", FUSED, "nccl"}) is None
+
+
 def test_a_tie_inside_a_band_is_silent() -> None:
     rows = {1: {FUSED: 5.0, UNFUSED: 8.0}, 64: {FUSED: 7.5, UNFUSED: 7.45}}
     (table,) = derive(profile_of(rows, spread=0.0)).tables

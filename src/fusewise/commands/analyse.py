@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from fusewise import audit as auditing
+from fusewise.backends.registry import select
 from fusewise.bands import Plan
 from fusewise.cap import decide_cap
 from fusewise.commands.engine import (
@@ -24,11 +26,13 @@ from fusewise.commands.options import (
     FormatOption,
     ProfileOption,
     TpOption,
+    WithoutOption,
     bordered,
     resolve,
     resolve_or_fail,
     tell,
     this_node,
+    words,
     write,
     write_picture,
 )
@@ -74,6 +78,7 @@ def explain(
     op: Annotated[Op, typer.Option("--op", help="The operation.")] = "all_reduce_rms_norm",
     profile: ProfileOption = None,
     tp: TpOption = None,
+    without: WithoutOption = None,
     engine: Annotated[
         str | None, typer.Option("--engine", help="Explain an engine's choice too: vllm.")
     ] = None,
@@ -94,6 +99,8 @@ def explain(
         raise InputError("hidden size out of range", expected="at least 1", got=str(hidden))
     found = resolve(profile, dtype, tp)
     tell(found.notes)
+    if found.profile is not None:
+        found = replace(found, profile=found.profile.without(select(words(without))))
     facts = _decision(found, op, Shape(1, hidden, parse_dtype(dtype)), message_bytes)
     if engine is not None:
         node = found.profile.fingerprint if found.profile else this_node(tp)
