@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from fusewise.backends import native
+from fusewise.backends import native_base
 from fusewise.backends.native import OneShot, TwoShot
 from fusewise.errors import InputError, RankTimeoutError, UnavailableError
 from fusewise.kernels.fp8 import Fp8
@@ -98,7 +98,7 @@ def test_two_shot_needs_four_ranks_and_both_need_the_compiler(
     two, four = Fingerprint(world_size=2, **facts), Fingerprint(world_size=4, **facts)
     assert TwoShot.available(two) == "is written for 4, 8 ranks, the group has 2"
     assert TwoShot.available(four) is None
-    monkeypatch.setattr(native, "missing_compiler", lambda: "cuda.core is not installed")
+    monkeypatch.setattr(native_base, "missing_compiler", lambda: "cuda.core is not installed")
     assert TwoShot.available(four) == "cuda.core is not installed"
 
 
