@@ -37,6 +37,7 @@ log = logging.getLogger("fusewise")
 _MAX_MESSAGE_BYTES = 64 * 2**20  # where the published engine tables end
 _MAX_HIDDEN_SIZE = 8192
 _ALIGNMENT = 16  # bytes: the widest vector a kernel loads
+_ROWS = 2  # dimensions: what backends take
 _MAX_ROUTES = 100_000  # decisions kept; one per shape seen
 
 _by_name: weakref.WeakValueDictionary[str, Communicator] = weakref.WeakValueDictionary()
@@ -142,8 +143,8 @@ class Communicator:
         rows = self._rows(x, "x")
         if self.group.world_size == 1 or rows.numel() == 0:
             return x.clone(memory_format=torch.contiguous_format)
-        backend = self._route("all_reduce", rows, False, False)
-        return backend.all_reduce(rows).view(x.shape)
+        out = self._route("all_reduce", rows, False, False).all_reduce(rows)
+        return out if x.ndim == _ROWS else out.view(x.shape)
 
     def all_reduce_rms_norm(
         self,
@@ -173,15 +174,17 @@ class Communicator:
             if residual.shape != x.shape or residual.dtype != x.dtype:
                 raise _mismatch("residual", residual, x.shape, x.dtype)
             residual = self._rows(residual, "residual")
-        if weight.shape != rows.shape[1:] or weight.dtype != x.dtype:
+        if weight.ndim != 1 or weight.numel() != rows.shape[1] or weight.dtype != x.dtype:
             raise _mismatch("weight", weight, rows.shape[1:], x.dtype)
-        weight = self._rows(weight, "weight").view(-1)
+        weight = self._usable(weight, "weight")
         if self.group.world_size == 1 or rows.numel() == 0:
             out, total = residual_rms_norm(rows, residual, weight, eps, weight_bias)
             total = total.clone() if residual is None else total
         else:
             backend = self._route("all_reduce_rms_norm", rows, residual is None, weight_bias != 0.0)
             out, total = backend.all_reduce_rms_norm(rows, residual, weight, eps, weight_bias)
+        if x.ndim == _ROWS:
+            return out, total
         return out.view(x.shape), total.view(x.shape)
 
     def decide(self, op: Op, shape: Shape) -> Band:
@@ -230,7 +233,14 @@ class Communicator:
         return backend
 
     def _rows(self, x: Tensor, name: str) -> Tensor:
-        """Two-dimensional, contiguous, aligned; a copy only where it must be."""
+        """Usable and two-dimensional. No view where none is needed: each costs over 1 µs."""
+        x = self._usable(x, name)
+        if x.ndim == _ROWS:
+            return x
+        return x.view(-1, x.shape[-1]) if x.numel() else x.view(0, x.shape[-1])
+
+    def _usable(self, x: Tensor, name: str) -> Tensor:
+        """Of a known dtype, here, contiguous, aligned; a copy only where it must be."""
         if x.dtype not in DTYPE_NAMES or x.device != self.group.device or x.ndim == 0:
             raise InputError(
                 f"{name} cannot be reduced",
@@ -239,10 +249,9 @@ class Communicator:
             )
         if x.requires_grad and torch.is_grad_enabled():
             raise InputError(f"{name} needs a gradient", hint="Call this under torch.no_grad().")
-        rows = x.contiguous()
-        if rows.data_ptr() % _ALIGNMENT:
-            rows = rows.clone()
-        return rows.view(-1, x.shape[-1]) if x.numel() else rows.view(0, x.shape[-1])
+        if not x.is_contiguous():
+            x = x.contiguous()
+        return x.clone() if x.data_ptr() % _ALIGNMENT else x
 
     def _tell(self, message: str) -> None:
         """One warning per message, from the group's first rank."""
