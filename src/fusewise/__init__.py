@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fusewise.errors import FusewiseError as FusewiseError
+    from fusewise.graph.api import compile as compile
+    from fusewise.graph.api import fusion_pass as fusion_pass
     from fusewise.ops import Communicator as Communicator
     from fusewise.plan import derive as derive
     from fusewise.profile import Profile as Profile
@@ -22,10 +24,21 @@ _HOMES = {
     "FusewiseError": "fusewise.errors",
     "Profile": "fusewise.profile",
     "Shape": "fusewise.shape",
+    "compile": "fusewise.graph.api",
     "derive": "fusewise.plan",
+    "fusion_pass": "fusewise.graph.api",
 }
 
-__all__ = ["Communicator", "FusewiseError", "Profile", "Shape", "__version__", "derive"]
+__all__ = [
+    "Communicator",
+    "FusewiseError",
+    "Profile",
+    "Shape",
+    "__version__",
+    "compile",
+    "derive",
+    "fusion_pass",
+]
 
 
 def __getattr__(name: str) -> Any:
