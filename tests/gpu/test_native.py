@@ -114,7 +114,7 @@ def _chain(rank: int) -> str:
     backend = _backend()
     for num_tokens in range(1, 18):
         shape = Shape(num_tokens, 2048)
-        x, everyone, residual, weight = _operands(backend, shape, num_tokens, whole=False)
+        x, _, residual, weight = _operands(backend, shape, num_tokens, whole=False)
         alone = x.clone(), residual.clone()
         for _ in range(8):  # one call at a time
             alone = backend.all_reduce_rms_norm(*alone, weight, 1e-6)

@@ -136,7 +136,7 @@ class Call:
             total = summed + self.residual.float()
             assert torch.equal(self.total[0], total.to(self.x.dtype))
             expected, _ = residual_rms_norm(total, None, self.weight.float(), EPS)
-            # Rounded once or twice; fp32 also shows the order of the row's sum and rsqrt's last bits.
+            # Rounded once or twice; fp32 shows the order of the row's sum and rsqrt's last bits.
             eps = (64 if self.x.dtype == torch.float32 else 2) * torch.finfo(self.x.dtype).eps
             torch.testing.assert_close(self.out[0].float(), expected, rtol=eps, atol=eps)
         for rank in range(1, len(self.x)):
