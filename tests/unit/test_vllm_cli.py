@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner, Result
 
+from fusewise.commands.vllm import app
 from fusewise.errors import InputError, UnavailableError
-from fusewise.integrations.vllm_cli import app
 from fusewise.integrations.vllm_node import probe_apart, settings_here
 from fusewise.integrations.vllm_patch import TABLE_FILE, table_patch
 from fusewise.node import Fingerprint

@@ -7,7 +7,6 @@ here, the record is compared with them first.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import sys
 import types
@@ -19,6 +18,7 @@ import pytest
 from fusewise.integrations import vllm_seams
 from fusewise.thresholds import tables_of
 from fusewise.vllm_tables import TABLES, Tables
+from tests import vllm_sources
 
 TESTS = Path(__file__).resolve().parents[1]
 RECORD: dict[str, Any] = json.loads((TESTS / "data" / "vllm_seams.json").read_text("utf-8"))
@@ -29,15 +29,6 @@ SEAMS = (
     vllm_seams.FUSED_SEAM,
 )
 MIB = 2**20
-
-
-def _sources() -> Any:
-    spec = importlib.util.spec_from_file_location("vllm_sources", TESTS / "vllm_sources.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def test_every_release_is_recorded() -> None:
@@ -101,11 +92,10 @@ def _same_nccl_and_mnnvl(theirs: dict[str, Any], ours: Tables) -> None:
 
 @pytest.mark.parametrize("version", RECORD)
 def test_the_record_is_what_the_wheel_says(version: str) -> None:
-    sources = _sources()
-    folder = sources.unpacked(version)
+    folder = vllm_sources.unpacked(version)
     if folder is None:
         pytest.skip(f"vLLM {version} is not unpacked: python tests/vllm_sources.py --all")
-    assert sources.facts(folder / "vllm", sources.seam_places()) == RECORD[version]
+    assert vllm_sources.facts(folder / "vllm", vllm_sources.seam_places()) == RECORD[version]
 
 
 @pytest.fixture

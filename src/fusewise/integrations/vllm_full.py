@@ -132,8 +132,12 @@ class Router:
             and needed <= given
             and not _QUANTISED & given
             and self._takes(kwargs["input"])
-            and kwargs["rms_gamma"].dtype == kwargs["input"].dtype
+            and self._fits(kwargs["residual_in"], kwargs["rms_gamma"], kwargs["input"])
         )
+
+    @staticmethod
+    def _fits(residual: Tensor, weight: Tensor, x: Tensor) -> bool:
+        return residual.shape == x.shape and residual.dtype == weight.dtype == x.dtype
 
     def _takes(self, x: Tensor) -> bool:
         return x.ndim == 2 and x.is_contiguous() and str(x.dtype) == f"torch.{self.plan.dtype}"

@@ -1,0 +1,106 @@
+"""Full mode's router on two real GPUs: in place, equal on both ranks, also in a CUDA graph."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from fusewise.bands import Band, Plan, Table
+from tests.ranks import run_ranks
+
+pytestmark = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+
+HIDDEN = 2048
+PATTERN = "kARResidualRMSNorm"
+EPS = 1e-6
+
+
+def _plan() -> Plan:
+    """Ours up to 1 MiB, vLLM's own all-reduce and our norm above."""
+    bands = (
+        Band(0, 2**20, "native.one_shot", "fuse", "measured"),
+        Band(2**20, None, "nccl + rms_norm", "do not fuse", "measured"),
+    )
+    table = Table("all_reduce_rms_norm", HIDDEN, bands, 4096, 2**24)
+    return Plan("bfloat16", "flashinfer.one_shot", (table,), "test")
+
+
+def _native_profile(world_size: int) -> Any:
+    """A profile of this node by which a communicator builds the native kernel."""
+    from fusewise.node import probe
+    from fusewise.profile import PathRecord, Profile, Provenance, Sample
+
+    head = Provenance(origin="measured", source="test", created="2026-01-01", fusewise="0")
+    shape = {"num_tokens": 1, "hidden_size": HIDDEN, "times_us": (1.0,)}
+    far = {**shape, "num_tokens": 4096}
+    return Profile(
+        provenance=head,
+        fingerprint=probe(world_size),
+        dtype="bfloat16",
+        baseline="nccl + rms_norm",
+        paths=(PathRecord(name="native.one_shot", provider="native", fused=True),),
+        samples=(
+            Sample(path="native.one_shot", **shape), Sample(path="native.one_shot", **far),
+        ),
+    )  # fmt: skip
+
+
+def _route(rank: int, num_tokens: int) -> list[Any]:
+    import torch.distributed as dist
+
+    from fusewise.communicator import Communicator
+    from fusewise.integrations.vllm_full import Router
+
+    def plain(x: torch.Tensor) -> torch.Tensor:
+        total = x.clone()
+        dist.all_reduce(total)
+        return total
+
+    def refuse(**kwargs: Any) -> None:
+        raise AssertionError("this call was ours")
+
+    device = torch.device("cuda", rank)
+    inputs = [
+        torch.randn(num_tokens, HIDDEN, generator=torch.Generator().manual_seed(seed))
+        .to(device, torch.bfloat16) for seed in (rank, 7, 0, 1)
+    ]  # fmt: skip
+    weight = torch.linspace(0.5, 1.5, HIDDEN, device=device, dtype=torch.bfloat16)
+    with Communicator(profile=_native_profile(2), max_hidden_size=HIDDEN) as communicator:
+        router = Router(communicator, _plan(), plain, PATTERN)
+        x, residual = inputs[0].clone(), inputs[1].clone()
+        call = {
+            "input": x, "norm_out": x, "residual_in": residual, "residual_out": residual,
+            "rms_gamma": weight, "rms_eps": EPS, "pattern": PATTERN, "quant_out": None,
+        }  # fmt: skip
+        router.fused(refuse, **call)
+        eager = x.clone(), residual.clone()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            router.fused(refuse, **call)
+        for _ in range(3):
+            x.copy_(inputs[0])
+            residual.copy_(inputs[1])
+            graph.replay()
+        torch.cuda.synchronize()
+        same = torch.equal(x, eager[0]) and torch.equal(residual, eager[1])
+        dist.barrier()
+    total = (inputs[2].double() + inputs[3].double() + inputs[1].double()).cpu()
+    norm = total * (total.square().mean(-1, keepdim=True) + EPS).rsqrt() * weight.double().cpu()
+    errors = [_error(eager[0], norm), _error(eager[1], total)]
+    return [same, *errors, eager[0].view(torch.int16).sum().item()]
+
+
+def _error(got: torch.Tensor, want: torch.Tensor) -> float:
+    return float((got.double().cpu() - want).norm() / want.norm())
+
+
+@pytest.mark.parametrize("num_tokens", [1, 16, 255, 256, 1024])
+def test_the_router_writes_in_place_and_ranks_agree(num_tokens: int) -> None:
+    first, second = run_ranks(_route, 2, num_tokens, device="cuda", timeout_s=110)
+    for same, norm_error, sum_error, _ in (first, second):
+        assert same
+        assert norm_error < 5e-3
+        assert sum_error < 5e-3
+    assert first[3] == second[3]

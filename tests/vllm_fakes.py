@@ -1,0 +1,164 @@
+"""Stand-ins for full mode: a plan, our communicator without ranks, vLLM's call and its worker."""
+
+from __future__ import annotations
+
+import sys
+import types
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from fusewise.bands import Band, Plan, Table
+from fusewise.integrations import vllm_full
+from fusewise.integrations.vllm_full import Router
+from fusewise.kernels.norm import residual_rms_norm
+from fusewise.node import Fingerprint
+from fusewise.profile import PathRecord, Profile, Provenance, Sample
+
+KIB, MIB = 2**10, 2**20
+HIDDEN = 64
+PATTERN = "kARResidualRMSNorm"
+
+
+def band(start: int, end: int | None, path: str) -> Band:
+    return Band(start, end, path, "fuse", "measured")
+
+
+def plan() -> Plan:
+    """FlashInfer below 1 KiB, ours below 4 KiB, unfused above; plain: ours from 2 KiB."""
+    fused = (
+        band(0, KIB, "flashinfer.one_shot"),
+        band(KIB, 4 * KIB, "native.one_shot"),
+        band(4 * KIB, None, "nccl + rms_norm"),
+    )
+    plain = (band(0, 2 * KIB, "custom"), band(2 * KIB, None, "native.one_shot"))
+    tables = (
+        Table("all_reduce_rms_norm", HIDDEN, fused, 128, 8 * KIB),
+        Table("all_reduce", HIDDEN, plain, 128, 8 * KIB),
+    )
+    return Plan("bfloat16", "flashinfer.one_shot", tables, "test")
+
+
+class Ours:
+    """Two ranks with equal tensors, without any rank."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+
+    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls.append("all_reduce")
+        return x * 2
+
+    def all_reduce_rms_norm(
+        self, x: Any, residual: Any, weight: Any, eps: float, bias: float
+    ) -> Any:
+        self.calls.append("all_reduce_rms_norm")
+        return residual_rms_norm(x * 2, residual, weight, eps, bias)
+
+
+class World:
+    def __init__(self) -> None:
+        self.ours = Ours()
+        self.originals: list[dict[str, Any]] = []
+        self.plains: list[torch.Tensor] = []
+        self.router = Router(self.ours, plan(), self.plain, PATTERN)  # type: ignore[arg-type]
+
+    def plain(self, x: torch.Tensor) -> torch.Tensor:
+        self.plains.append(x)
+        return x * 2
+
+    def original(self, **kwargs: Any) -> str:
+        self.originals.append(kwargs)
+        return "original"
+
+
+def fused_call(num_tokens: int, **changes: Any) -> dict[str, Any]:
+    """vLLM's own call: the norm goes into the input, the sum into the residual."""
+    generator = torch.Generator().manual_seed(num_tokens)
+    x, residual = (
+        torch.randn(num_tokens, HIDDEN, generator=generator).to(torch.bfloat16) for _ in range(2)
+    )
+    weight = torch.randn(HIDDEN, generator=generator).to(torch.bfloat16)
+    return {
+        "input": x, "workspace": SimpleNamespace(backend="trtllm"), "pattern": PATTERN,
+        "launch_with_pdl": True, "output": None, "residual_out": residual, "norm_out": x,
+        "quant_out": None, "scale_out": None, "residual_in": residual, "rms_gamma": weight,
+        "rms_eps": 1e-6, "scale_factor": None, "layout_code": None, "use_oneshot": True,
+        "fp32_acc": True, "trigger_completion_at_end": True, **changes,
+    }  # fmt: skip
+
+
+def tp2_profile(native: bool) -> Profile:
+    times = {  # bytes → fused by vLLM, custom, nccl, native
+        1 * MIB: (7.3, 12.0, 6.0, 5.7),
+        8 * MIB: (50.0, 39.0, 41.0, 27.0),
+        64 * MIB: (387.0, 300.0, 282.0, 290.0),
+    }
+    samples = []
+    for size, (fused, custom, nccl, ours) in times.items():
+        flash = "flashinfer.one_shot" if size <= 32 * MIB else "flashinfer.two_shot"
+        row = {flash: fused, "custom + rms_norm": custom, "nccl + rms_norm": nccl}
+        row |= {"native.one_shot": ours} if native else {}
+        samples += [
+            Sample(path=p, num_tokens=size // 4096, hidden_size=2048, times_us=(t,) * 3)
+            for p, t in row.items()
+        ]
+        samples.append(
+            Sample(op="all_reduce", path="nccl", num_tokens=size // 4096, hidden_size=2048,
+                   times_us=(nccl,) * 3)
+        )  # fmt: skip
+    names = sorted({s.path for s in samples if s.op != "all_reduce"})
+    return Profile(
+        provenance=Provenance(origin="measured", source="test", created="2026-01-01", fusewise="0"),
+        fingerprint=Fingerprint(
+            device_type="cuda", device="NVIDIA H200", sm=90, world_size=2, fabric="nv18"
+        ),
+        dtype="bfloat16",
+        baseline="nccl + rms_norm",
+        paths=tuple(PathRecord(name=n, provider="t", fused="norm" not in n) for n in names),
+        samples=tuple(samples),
+    )
+
+
+class Worker:
+    """What ``install`` meets in a worker: vLLM's communicator, FlashInfer, our communicator."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, profile: Profile | None) -> None:
+        self.agreed: list[str] = []
+        self.built: list[Any] = []
+        self.comm = types.ModuleType("flashinfer.comm")
+        self.comm.allreduce_fusion = lambda **kwargs: "flashinfer"  # type: ignore[attr-defined]
+        self.comm.AllReduceFusionPattern = SimpleNamespace(  # type: ignore[attr-defined]
+            kARResidualRMSNorm=PATTERN
+        )
+        package = types.ModuleType("flashinfer")
+        package.comm = self.comm  # type: ignore[attr-defined]
+        monkeypatch.setitem(sys.modules, "flashinfer", package)
+        monkeypatch.setitem(sys.modules, "flashinfer.comm", self.comm)
+        monkeypatch.setattr(vllm_full, "missing", lambda seams: [])
+        monkeypatch.setattr("importlib.metadata.version", lambda name: "0.22.1")
+        node = tp2_profile(native=True).fingerprint
+        monkeypatch.setattr("fusewise.node.probe", lambda world_size: node)
+        found = SimpleNamespace(profile=profile)
+        monkeypatch.setattr("fusewise.store.find_profile", lambda node, dtype: found)
+        monkeypatch.setattr("fusewise.communicator.Communicator", self.build)
+        self.vllm = SimpleNamespace(
+            unique_name="tp:0", world_size=2, device_group="group", all_reduce=lambda x: "vllm"
+        )
+
+    def build(self, group: Any, profile: Profile, **sizes: int) -> Any:
+        self.built.append((group, profile, sizes))
+        ours: Any = Ours()
+        agree = lambda phase, value: self.agreed.append(value)  # noqa: E731
+        ours.group = SimpleNamespace(rank=0, agree=agree)
+        return ours
+
+    def config(self, mark: dict[str, Any] | None) -> Any:
+        passes = SimpleNamespace() if mark is None else SimpleNamespace(_fusewise=mark)
+        return SimpleNamespace(
+            compilation_config=SimpleNamespace(pass_config=passes),
+            parallel_config=SimpleNamespace(disable_custom_all_reduce=False),
+            model_config=SimpleNamespace(dtype=torch.bfloat16, get_hidden_size=lambda: 2048),
+        )
