@@ -1,0 +1,202 @@
+"""Our kernels against every peer on this node, paired and interleaved in one run.
+
+    torchrun --nproc-per-node 2 benchmarks/native_kernels.py --out native_kernels.json
+
+Fused calls, plain all-reduces, FP8 outputs, launch variants, the links' own store bandwidth and the
+Python of an eager call. Prints the targets last. Needs GPUs; FlashInfer where it is installed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from native_summary import summary
+
+from fusewise.agreement import build_backend, fingerprint_of
+from fusewise.backends.native import OneShot
+from fusewise.backends.registry import ids_for
+from fusewise.group import Group
+from fusewise.intervals import median_interval
+from fusewise.kernels import prepare
+from fusewise.kernels.fp8 import Fp8
+from fusewise.shape import Op, Shape, size_grid
+from fusewise.tuning.timing import Arena, Buffers, Runner, captured, interleave
+from fusewise.tuning.verify import EPS, check_all_reduce, check_all_reduce_rms_norm
+
+OPS: tuple[Op, ...] = ("all_reduce_rms_norm", "all_reduce")
+BANDWIDTH_BYTES = 256 * 2**20
+EAGER_CALLS = 2000
+STORES = """
+extern "C" __global__ void store(uint4* to, long long count) {
+  const long long step = (long long)gridDim.x * blockDim.x;
+  for (long long i = (long long)blockIdx.x * blockDim.x + threadIdx.x; i < count; i += step)
+    to[i] = make_uint4(1, 2, 3, 4);
+}
+"""
+
+
+def variant(name: str, **changes: Any) -> type[OneShot]:
+    """One-shot with something changed at compile time: a candidate beside the shipped choice."""
+
+    def kernel(*arguments: Any) -> Any:
+        launch, params = prepare.one_shot(*arguments)
+        return replace(launch, instance=replace(launch.instance, **changes)), params
+
+    members = {"id": f"native.one_shot.{name}", "kernel": staticmethod(kernel)}
+    return type(f"OneShot_{name}", (OneShot,), members)
+
+
+VARIANTS = (variant("early_trigger", early_trigger=True),)
+
+
+class Fp8Runner(Runner):
+    """The fused call with FP8 beside the normal output."""
+
+    def __init__(self, backend: OneShot, buffers: Buffers, fp8: Fp8) -> None:
+        self.path = f"{backend.id}+fp8_{fp8.scaling}"
+        self.calls, self._cuda = buffers.calls, True
+        scale = torch.ones(1, device=backend.group.device) if fp8.scaling == "static" else None
+
+        def call(i: int) -> Any:
+            at = i % buffers.count
+            return backend.all_reduce_rms_norm_fp8(
+                buffers.x[at], buffers.residual[at], buffers.weight, EPS, fp8, static_scale=scale
+            )
+
+        self._run = captured(backend, call, self.calls)
+
+
+def main() -> None:
+    arguments = parse()
+    rank = int(os.environ["LOCAL_RANK"])
+    torch.cuda.set_device(rank)
+    dist.init_process_group("nccl", device_id=torch.device("cuda", rank))
+    group = Group(timeout_s=300.0)
+    node = fingerprint_of(group)
+    widest = max(arguments.hidden_sizes)
+    max_shape = Shape(-(-arguments.max_bytes // (2 * widest)), widest)
+    backends, excluded = [], {}
+    for backend_id in ids_for("cuda"):
+        backend, reason = build_backend(backend_id, group, node, max_shape)
+        if backend is None:
+            excluded[backend_id] = reason
+        else:
+            backends.append(backend)
+    variants = [kind(group, max_shape) for kind in VARIANTS] if arguments.variants else []
+    bandwidth_gbps = store_bandwidth(group)
+    arena, rows = Arena(group, max_shape), []
+    for hidden_size in arguments.hidden_sizes:
+        for shape in size_grid(arguments.min_bytes, arguments.max_bytes, hidden_size, "bfloat16"):
+            for op in OPS:
+                rows += measure(group, [*backends, *variants], op, shape, arena, arguments.rounds)
+            if rank == 0:
+                print(shape, {r["path"]: r["time_us"] for r in rows if r["shape"] == str(shape)})
+    native = next(backend for backend in backends if backend.id == "native.one_shot")
+    python_us = eager_us(native, Buffers(arena, Shape(1, arguments.hidden_sizes[0])))
+    if rank == 0:
+        document = {
+            "fingerprint": node.model_dump(mode="json"),
+            "bandwidth_gbps": bandwidth_gbps,
+            "python_us": python_us,
+            "excluded": excluded,
+            "rows": rows,
+        }
+        Path(arguments.out).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+        print("\n".join(summary(rows, bandwidth_gbps, python_us)))
+    group.barrier("end")
+    dist.destroy_process_group()
+
+
+def measure(
+    group: Group, backends: list[Any], op: Op, shape: Shape, arena: Arena, rounds: int
+) -> list[dict[str, Any]]:
+    """Verifies and times every path at one shape; one that computes wrongly is left out."""
+    buffers, runners = Buffers(arena, shape), []
+    check: Callable[..., Any] = (
+        check_all_reduce if op == "all_reduce" else check_all_reduce_rms_norm
+    )
+    for backend in backends:
+        if backend.admits(shape) is not None or (op == "all_reduce" and not backend.plain):
+            continue
+        if max(group.gather("wrong", check(backend, group, shape, 1).wrong)):
+            print(f"{backend.id} is wrong at {shape}")
+            continue
+        runners.append(Runner(backend, op, buffers))
+        if op == "all_reduce_rms_norm" and backend.id in ("native.one_shot", "native.two_shot"):
+            runners += [
+                Fp8Runner(backend, buffers, Fp8(kind, keep_norm=False))
+                for kind in ("static", "token", "group")
+            ]
+    return [
+        {
+            "op": op, "path": path.removesuffix(" + rms_norm") if op == "all_reduce" else path,
+            "shape": str(shape), "num_tokens": shape.num_tokens, "hidden_size": shape.hidden_size,
+            "message_bytes": shape.message_bytes, "time_us": median_interval(times_us).median,
+            "times_us": times_us,
+        }
+        for path, times_us in interleave(group, runners, rounds).items()
+    ]  # fmt: skip
+
+
+def store_bandwidth(group: Group) -> float:
+    """GB/s per direction of plain 16-byte stores to the next rank, all ranks at once."""
+    from cuda.core import Device, LaunchConfig, Program, ProgramOptions, launch
+
+    from fusewise.workspace import _rendezvous, _symmetric_bytes
+
+    device = Device(group.device.index)
+    device.set_current()
+    buffer = _symmetric_bytes(BANDWIDTH_BYTES, group.device)
+    target = _rendezvous(buffer, group).buffer_ptrs[(group.rank + 1) % group.world_size]
+    program = Program(STORES, "c++", ProgramOptions(arch=f"sm_{device.arch}"))
+    kernel = program.compile("cubin").get_kernel("store")
+    config = LaunchConfig(grid=8 * 132, block=256)
+    stream = torch.cuda.current_stream()
+    best_ms = float("inf")
+    for _ in range(10):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        group.barrier("stores")
+        begin.record()
+        launch(stream, config, kernel, target, BANDWIDTH_BYTES // 16)
+        end.record()
+        end.synchronize()
+        best_ms = min(best_ms, begin.elapsed_time(end))
+    slowest_ms = max(group.gather("bandwidth", best_ms))
+    return BANDWIDTH_BYTES / slowest_ms / 1e6
+
+
+def eager_us(backend: OneShot, buffers: Buffers) -> float:
+    """Python of one eager call, from entry to return, at one token; the device keeps up."""
+    begin = 0.0
+    for i in range(-200, EAGER_CALLS):
+        if i == 0:
+            torch.cuda.synchronize()
+            begin = time.perf_counter()
+        backend.all_reduce_rms_norm(buffers.x[0], buffers.residual[0], buffers.weight, EPS)
+    elapsed_us = (time.perf_counter() - begin) * 1e6
+    torch.cuda.synchronize()
+    return elapsed_us / EAGER_CALLS
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", default="native_kernels.json")
+    parser.add_argument("--hidden-sizes", type=int, nargs="+", default=[2048, 4096, 7168])
+    parser.add_argument("--min-bytes", type=int, default=4096)
+    parser.add_argument("--max-bytes", type=int, default=64 * 2**20)
+    parser.add_argument("--rounds", type=int, default=21)
+    parser.add_argument("--variants", action="store_true", help="also time launch variants")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
