@@ -1,18 +1,9 @@
-"""Helpers for tests of the graph pass: profiles with a known boundary, and a cheap compile.
-
-``graph_backend`` runs Dynamo, AOTAutograd and Inductor's decompositions as ``torch.compile`` does,
-then the pass, and runs the resulting graph node by node: no C++ compiler, so many patterns fit in
-a few seconds. Tests of Inductor itself use ``torch.compile`` proper.
-"""
+"""Helpers for tests of the graph pass: profiles with a known boundary, and operator counts."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 
-from fusewise.graph.fusion_pass import FusionPass
 from fusewise.node import probe
 from fusewise.profile import PathRecord, Profile, Provenance, Sample
 from fusewise.shape import parse_dtype
@@ -59,25 +50,6 @@ def boundary_profile(
         ),
         samples=tuple(samples),
     )
-
-
-def graph_backend(fusion: FusionPass, graphs: list[torch.fx.Graph]) -> Callable[..., Any]:
-    """A ``torch.compile`` backend: the pass on the graph Inductor would get, run as it is."""
-    # Imported here: torch warns at import, and a warning fails a test run's collection.
-    from functorch.compile import make_boxed_func
-    from torch._inductor.compile_fx import compile_fx
-
-    def inner(module: torch.fx.GraphModule, inputs: Any, **_: Any) -> Any:
-        module.graph.eliminate_dead_code()
-        fusion(module.graph)
-        module.recompile()
-        graphs.append(module.graph)
-        return make_boxed_func(module.forward)
-
-    def backend(module: torch.fx.GraphModule, inputs: Any) -> Any:
-        return compile_fx(module, inputs, inner_compile=inner)
-
-    return backend
 
 
 def count(graph: torch.fx.Graph, operator: str) -> int:

@@ -10,7 +10,8 @@ import torch
 from fusewise.communicator import Communicator
 from fusewise.decode.models import build_model, shape_named
 from fusewise.graph.api import fusion_pass
-from tests.compiled import boundary_profile, count, graph_backend
+from fusewise.graph.interpreted import interpreted_backend
+from tests.compiled import boundary_profile, count
 from tests.ranks import run_ranks
 
 pytest.importorskip("transformers")
@@ -31,7 +32,7 @@ def _models(rank: int) -> dict[str, Any]:
             torch._dynamo.reset()
             model = build_model(shape_named(name, LAYERS), 2, torch.bfloat16, 64)
             fusion, graphs = fusion_pass(communicator=communicator), []
-            compiled = torch.compile(model, backend=graph_backend(fusion, graphs))
+            compiled = torch.compile(model, backend=interpreted_backend(fusion, graphs.append))
             got = compiled(tokens, use_cache=False).logits
             expected = model(tokens, use_cache=False).logits
             results[name] = {

@@ -13,7 +13,8 @@ import torch
 
 from fusewise.communicator import Communicator
 from fusewise.graph.api import fusion_pass
-from tests.compiled import boundary_profile, count, graph_backend
+from fusewise.graph.interpreted import interpreted_backend
+from tests.compiled import boundary_profile, count
 from tests.ranks import run_ranks
 from tests.sites import PATTERNS, H, patterns
 
@@ -72,7 +73,7 @@ def _everything(rank: int) -> dict[Any, Any]:
 def _static(communicator: Any, function: Any, inputs: Any) -> dict[str, Any]:
     torch._dynamo.reset()
     fusion, graphs = fusion_pass(communicator=communicator, group_names=["tp:0"]), []
-    compiled = torch.compile(function, backend=graph_backend(fusion, graphs))
+    compiled = torch.compile(function, backend=interpreted_backend(fusion, graphs.append))
     got, expected = compiled(*inputs), function(*inputs)
     for graph in graphs:
         graph.lint()
@@ -93,7 +94,7 @@ def _dynamic(communicator: Any, function: Any, rank: int, low: int, high: int) -
     """One graph for all sizes of the range; run at both ends and beside the boundary."""
     torch._dynamo.reset()
     fusion, graphs = fusion_pass(communicator=communicator), []
-    compiled = torch.compile(function, backend=graph_backend(fusion, graphs))
+    compiled = torch.compile(function, backend=interpreted_backend(fusion, graphs.append))
     worst = 0.0
     sizes = sorted({low, high, *(t for t in SIDES if low <= t <= high)})
     for tokens in sizes:
@@ -123,7 +124,7 @@ def _errors(communicator: Any, function: Any, rank: int) -> list[float]:
     fusion = fusion_pass(communicator=communicator)
     parts = [_inputs(peer, LAST_FUSED, "bfloat16") for peer in range(2)]
     _, r, w = parts[rank]
-    got = torch.compile(function, backend=graph_backend(fusion, []))(*parts[rank])[0]
+    got = torch.compile(function, backend=interpreted_backend(fusion))(*parts[rank])[0]
     eager = function(*parts[rank])[0]
     total = parts[0][0].double() + parts[1][0].double() + r.double()
     wide = total * torch.rsqrt(total.square().mean(-1, keepdim=True) + 1e-6) * w.double()

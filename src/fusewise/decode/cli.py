@@ -1,0 +1,216 @@
+"""``fusewise decode``: the command. Starts without torch; the ranks import it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+import fusewise
+from fusewise import store
+from fusewise.commands.options import (
+    FormatOption,
+    ProfileOption,
+    TpOption,
+    bordered,
+    integers,
+    tell,
+    words,
+    write,
+)
+from fusewise.decode.arms import Arm, arms_for
+from fusewise.decode.models import shape_named
+from fusewise.decode.results import document, section
+from fusewise.decode.settings import (
+    BATCHES,
+    CPU_STEPS,
+    GPU_PREFILL,
+    REPEATS,
+    STEPS,
+    Compiler,
+    DecodeSettings,
+)
+from fusewise.errors import InputError, RankError
+from fusewise.node import Fingerprint, probe
+from fusewise.profile import Profile
+from fusewise.shape import parse_dtype, parse_size
+from fusewise.teams import Team, local_team, under_torchrun
+from fusewise.thresholds import VllmSettings
+from fusewise.tuning.settings import Settings
+
+_VLLM = "0.33"  # the newest release whose tables are known
+_TUNE_S = {"cpu": 10.0, "cuda": 60.0}
+
+
+@bordered
+def decode(
+    model: Annotated[
+        str | None,
+        typer.Option(help="tiny, tiny-moe, qwen3-8b, qwen3-30b-a3b. Default: tiny on CPUs."),
+    ] = None,
+    layers: Annotated[int | None, typer.Option(help="Fewer layers than the model has.")] = None,
+    dtype: Annotated[
+        str | None, typer.Option("--dtype", "-d", help="Default: bf16 on GPUs, fp32 on CPUs.")
+    ] = None,
+    batches: Annotated[str | None, typer.Option(help="Batch sizes, such as 1,8,64.")] = None,
+    prefill: Annotated[
+        str | None, typer.Option(help="Prefill lengths, or none. Default: none on CPUs.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Decode steps per timing.")] = None,
+    repeats: Annotated[int, typer.Option(help="Timings per arm, interleaved.")] = REPEATS,
+    context: Annotated[int, typer.Option(help="Tokens in the cache at the start.")] = 128,
+    profile: ProfileOption = None,
+    engine_cap: Annotated[
+        str | None, typer.Option(help="Instead of the engine's own cap: 0.5M.")
+    ] = None,
+    without: Annotated[
+        list[str] | None,
+        typer.Option("--without", help="Adds the arm measured without it; may be repeated."),
+    ] = None,
+    compiler: Annotated[
+        Compiler | None,
+        typer.Option(help="Default: inductor on GPUs, interpreted on CPUs."),
+    ] = None,
+    tp: TpOption = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write JSON.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Write the picture: .svg, .png.")] = None,
+    fmt: FormatOption = "table",
+) -> None:
+    """Tokens per second of a whole model: unfused, the engine's cap, the effective cap, measured.
+
+    The model is transformers' own with random weights, split over the ranks. Without a profile
+    at the model's hidden size the sizes of this run are measured first.
+    """
+    if under_torchrun():
+        raise InputError("decode starts its ranks itself", hint="Run it without torchrun.")
+    team = local_team(tp)
+    gpu = team.device == "cuda"
+    settings = DecodeSettings(
+        model=model or ("qwen3-30b-a3b" if gpu else "tiny"),
+        num_layers=layers,
+        dtype=parse_dtype(dtype or ("bf16" if gpu else "fp32")),
+        batches=integers(batches, BATCHES),
+        prefill_tokens=_prefill(prefill, gpu),
+        steps=steps or (STEPS if gpu else CPU_STEPS),
+        repeats=repeats,
+        context=context,
+        compiler=compiler or ("inductor" if gpu else "interpreted"),
+    )
+    node = probe(team.world_size, device_type=None if gpu else "cpu")
+    measured = _profile(profile, node, team, settings)
+    cap_bytes = parse_size(engine_cap) if engine_cap is not None else None
+    arms = arms_for(
+        measured,
+        settings.hidden_size,
+        _engine(node, settings),
+        engine_cap_bytes=cap_bytes,
+        without=words(without),
+    )
+    result = _run(team, settings, arms)
+    notes = [f"{arm.name}: {arm.note}" for arm in arms]
+    write([section(result["rows"], _title(settings, node), notes)], fmt)
+    if output is not None:
+        record = document(
+            result["rows"],
+            settings=asdict(settings),
+            fingerprint=node.model_dump(mode="json", exclude_none=True),
+            arms=[_arm_record(arm, settings.hidden_size) for arm in arms],
+            sites=result["sites"],
+            command=" ".join(["fusewise", *sys.argv[1:]]),
+            created=datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
+            fusewise=fusewise.__version__,
+        )
+        output.write_text(json.dumps(record, indent=1) + "\n")
+        tell([f"wrote {output}"])
+    if plot is not None:
+        from fusewise.decode.plot import save
+
+        save(result["rows"], _title(settings, node), plot)
+        tell([f"wrote {plot}"])
+
+
+def _prefill(text: str | None, gpu: bool) -> tuple[int, ...]:
+    if text == "none":
+        return ()
+    return integers(text, GPU_PREFILL if gpu else ())
+
+
+def _title(settings: DecodeSettings, node: Fingerprint) -> str:
+    layers = shape_named(settings.model, settings.num_layers).num_layers
+    return (
+        f"{settings.model}, {layers} layers, {settings.dtype}, {node.world_size} × {node.device}, "
+        f"{settings.steps} steps, {settings.repeats} rounds, {settings.compiler}"
+    )
+
+
+def _engine(node: Fingerprint, settings: DecodeSettings) -> VllmSettings | None:
+    if node.sm is None:
+        return None
+    return VllmSettings(_VLLM, node.sm, node.world_size, node.multicast, settings.dtype)
+
+
+def _arm_record(arm: Arm, hidden_size: int) -> dict[str, Any]:
+    table = arm.plan.table_for("all_reduce_rms_norm", hidden_size)
+    bands = [str(band) for band in table.bands] if table is not None else []
+    return {"name": arm.name, "note": arm.note, "digest": arm.plan.digest, "bands": bands}
+
+
+def _profile(name: str | None, node: Fingerprint, team: Team, settings: DecodeSettings) -> Profile:
+    """The profile named, else this node's own if it knows the hidden size, else a short tune."""
+    found = store.find_profile(node, settings.dtype, argument=name)
+    tell(found.notes)
+    if found.profile is not None and (
+        name is not None or settings.hidden_size in found.profile.points()
+    ):
+        return found.profile
+    tell([f"no profile at hidden {settings.hidden_size}: measuring for {_TUNE_S[team.device]:g} s"])
+    from fusewise.commands.progress import progress
+    from fusewise.launch import terminated_like_interrupted
+    from fusewise.tuning.supervise import tune_team
+
+    smallest, largest = settings.messages[0], settings.messages[-1]
+    sizes = Settings(
+        dtype=settings.dtype,
+        hidden_sizes=(settings.hidden_size,),
+        min_bytes=smallest.message_bytes,
+        max_bytes=max(largest.message_bytes, 2 * smallest.message_bytes),
+        budget_s=_TUNE_S[team.device],
+    )
+    with terminated_like_interrupted(), progress("tune") as listen:
+        measured = tune_team(team, sizes, listen)
+    assert measured is not None  # this process leads: it has all ranks
+    return measured
+
+
+def _run(team: Team, settings: DecodeSettings, arms: list[Arm]) -> dict[str, Any]:
+    """Rank 0's result.
+
+    Raises:
+        RankError: a rank failed; the message names it and what it was doing.
+    """
+    from fusewise.launch import run_attempt, terminated_like_interrupted
+
+    request = {
+        "settings": asdict(settings),
+        "plans": {arm.name: arm.plan.to_dict() for arm in arms},
+    }
+
+    def told(rank: int, event: dict[str, Any]) -> None:
+        if rank == 0 and event["kind"] == "phase":
+            tell([event["text"]])
+
+    with terminated_like_interrupted():
+        outcome = run_attempt(
+            team, "fusewise.decode.job:decode_rank", request, told, settings.timeout_s
+        )
+    if outcome.failure is not None:
+        error = RankError(f"decode stopped: {outcome.failure}")
+        error.exit_code = outcome.failure.code
+        raise error
+    result: dict[str, Any] = outcome.results[0]
+    return result

@@ -1,0 +1,214 @@
+"""One model's decode step and prefill, compiled once per kind of graph, captured once per arm.
+
+A graph differs by what the pass did to it (fused, all-reduce replaced, left), not by which path
+runs inside: that is the active communicator's business. So arms share compiled graphs, and on
+GPUs each arm captures its own CUDA graph, in which its paths are fixed.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from fusewise.bands import Band, Plan, Table
+from fusewise.decode.settings import DecodeSettings
+from fusewise.graph.api import compile as compile_model
+from fusewise.graph.decide import Choice
+from fusewise.graph.fusion_pass import FusionPass
+from fusewise.graph.interpreted import interpreted_backend
+from fusewise.profile import UNFUSED_SUFFIX
+from fusewise.shape import DType
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from fusewise.communicator import Communicator
+
+_WARM_STEPS = 3  # Triton and NVRTC kernels compile at first use, which must not be under capture
+
+
+def forcing_plan(choice: Choice, dtype: DType, hidden_size: int, baseline: str) -> Plan:
+    """A plan that makes the pass do the same at every size. It never runs."""
+    fused = "forced" if choice == "fuse" else baseline
+    bare = baseline.removesuffix(UNFUSED_SUFFIX)
+    bare = "forced" if choice == "all_reduce only" else bare
+    tables = (
+        Table("all_reduce_rms_norm", hidden_size, (_everywhere(fused),), 0, 0),
+        Table("all_reduce", hidden_size, (_everywhere(bare),), 0, 0),
+    )
+    return Plan(dtype, baseline, tables, f"forces {choice}")
+
+
+def _everywhere(path: str) -> Band:
+    return Band(0, None, path, "inconclusive", "engine default")
+
+
+class Compiled:
+    """The model's functions, compiled once per choice."""
+
+    def __init__(self, model: Any, group: str, baseline: str, settings: DecodeSettings) -> None:
+        self.model, self.settings = model, settings
+        self._group, self._baseline = group, baseline
+        self._steps: dict[tuple[str, Choice], Callable[..., Tensor]] = {}
+        self.passes: dict[Choice, FusionPass] = {}
+
+    def function(self, name: Literal["step", "prefill"], choice: Choice) -> Callable[..., Tensor]:
+        """``step(ids, cache)`` or ``prefill(ids)``, each returning the last logits."""
+        found = self._steps.get((name, choice))
+        if found is None:
+            eager: Callable[..., Tensor] = self._step if name == "step" else self._prefill
+            found = self._steps[name, choice] = self._compile(eager, choice)
+        return found
+
+    def _compile(self, function: Callable[..., Tensor], choice: Choice) -> Callable[..., Tensor]:
+        settings = self.settings
+        plan = forcing_plan(choice, settings.dtype, settings.hidden_size, self._baseline)
+        fusion = self.passes.setdefault(choice, FusionPass(self._group, {settings.dtype: plan}))
+        if settings.compiler == "interpreted":
+            backend = interpreted_backend(fusion)
+            return torch.compile(function, backend=backend, fullgraph=True)
+        return compile_model(function, fusion=fusion, fullgraph=True)
+
+    def _step(self, ids: Tensor, cache: Any) -> Tensor:
+        out = self.model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        logits: Tensor = out.logits[:, -1]
+        return logits
+
+    def _prefill(self, ids: Tensor) -> Tensor:
+        logits: Tensor = self.model(input_ids=ids, use_cache=False, logits_to_keep=1).logits[:, -1]
+        return logits
+
+
+class Batch:
+    """The tokens and the cache of one batch size; arms take turns with them."""
+
+    def __init__(self, compiled: Compiled, size: int, device: torch.device) -> None:
+        from transformers import StaticCache
+
+        settings = compiled.settings
+        length = settings.context + settings.steps + 2 * _WARM_STEPS
+        generator = torch.Generator().manual_seed(size)
+        vocabulary = compiled.model.config.vocab_size
+        self.start = torch.randint(vocabulary, (size, 1), generator=generator).to(device)
+        self.ids = self.start.clone()
+        self.cache: Any = StaticCache(config=compiled.model.config, max_cache_len=length)
+        # Outside of any compiled region: the first update allocates the cache.
+        compiled.model(input_ids=self.ids, past_key_values=self.cache, use_cache=True)
+        self._context = settings.context
+        self.reset()
+
+    def reset(self) -> None:
+        """Back to the first token behind a context of keys and values that mean nothing."""
+        self.ids.copy_(self.start)
+        for layer in self.cache.layers:
+            layer.cumulative_length.fill_(self._context)
+
+    def mark_dynamic(self) -> None:
+        """One graph for all batch sizes; torch treats a batch of one apart by itself."""
+        tensors = [t for layer in self.cache.layers for t in (layer.keys, layer.values)]
+        for tensor in (self.ids, *tensors):
+            torch._dynamo.maybe_mark_dynamic(tensor, 0)
+
+
+class DecodeRunner:
+    """Timed decode steps of one arm at one batch size. Constructing is collective."""
+
+    def __init__(
+        self, compiled: Compiled, batch: Batch, choice: Choice, communicator: Communicator
+    ) -> None:
+        self.batch, self.communicator = batch, communicator
+        self._steps = compiled.settings.steps
+        self._function = compiled.function("step", choice)
+        self.logits: Tensor = torch.empty(0)
+        self._advance: Callable[[], None] = self._eager
+        communicator.activate()
+        batch.reset()
+        batch.mark_dynamic()
+        for _ in range(_WARM_STEPS):
+            self._eager()
+        if batch.ids.is_cuda:
+            self._advance = self._captured()
+
+    def _eager(self) -> None:
+        self.logits = self._function(self.batch.ids, self.batch.cache)
+        self.batch.ids.copy_(self.logits.argmax(-1, keepdim=True))
+
+    def _captured(self) -> Callable[[], None]:
+        """One step as a CUDA graph; position and cache are read from memory at each replay."""
+        side: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            self._eager()
+        torch.cuda.current_stream().wait_stream(side)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with (
+            self.communicator.capture(),
+            torch.cuda.graph(graph, capture_error_mode="thread_local"),
+        ):
+            self._eager()
+        return graph.replay
+
+    def first_logits(self) -> Tensor:
+        """[batch, vocabulary] after one step from the start."""
+        self.communicator.activate()
+        self.batch.reset()
+        self._advance()
+        return self.logits.float().cpu()
+
+    def time_s(self) -> float:
+        """Seconds of all steps on this rank."""
+        self.communicator.activate()
+        self.batch.reset()
+        return timed(self._advance, self._steps, self.batch.ids.is_cuda)
+
+
+class PrefillRunner:
+    """Timed prefills of one arm at one length; not captured, since the GPU is busy for long."""
+
+    def __init__(
+        self,
+        compiled: Compiled,
+        tokens: int,
+        choice: Choice,
+        communicator: Communicator,
+        device: torch.device,
+    ) -> None:
+        generator = torch.Generator().manual_seed(tokens)
+        vocabulary = compiled.model.config.vocab_size
+        self._ids = torch.randint(vocabulary, (1, tokens), generator=generator).to(device)
+        self._function = compiled.function("prefill", choice)
+        self.communicator = communicator
+        self.logits: Tensor = torch.empty(0)
+        communicator.activate()
+        torch._dynamo.maybe_mark_dynamic(self._ids, 1)
+        self._advance()
+
+    def _advance(self) -> None:
+        self.logits = self._function(self._ids)
+
+    def first_logits(self) -> Tensor:
+        """[1, vocabulary] of the last token."""
+        self.communicator.activate()
+        self._advance()
+        return self.logits.float().cpu()
+
+    def time_s(self) -> float:
+        """Seconds of one prefill on this rank."""
+        self.communicator.activate()
+        return timed(self._advance, 1, self._ids.is_cuda)
+
+
+def timed(advance: Callable[[], None], steps: int, on_gpu: bool) -> float:
+    """Seconds of ``steps`` calls, from an idle device to an idle device."""
+    if on_gpu:
+        torch.cuda.synchronize()
+    begin_s = time.perf_counter()
+    for _ in range(steps):
+        advance()
+    if on_gpu:
+        torch.cuda.synchronize()
+    return time.perf_counter() - begin_s
