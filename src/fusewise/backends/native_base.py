@@ -134,7 +134,9 @@ class NativeBackend(Backend):
     def all_reduce(self, x: Tensor) -> Tensor:
         launch = self._launch_for(x, "kSum")
         out = torch.empty_like(x)
-        launch.parameters.x = x.data_ptr()
+        launch.parameters.x = x_at = x.data_ptr()
+        if x_at & _MISALIGNED:
+            raise _misaligned()
         launch.output.out = out.data_ptr()
         self._enqueue(launch)
         return out
@@ -229,17 +231,16 @@ class NativeBackend(Backend):
         eps: float,
         weight_bias: float,
     ) -> None:
-        tensors = launch.parameters
-        tensors.x = x.data_ptr()
-        tensors.residual = 0 if residual is None else residual.data_ptr()
-        tensors.weight = weight.data_ptr()
-        tensors.residual_out = total.data_ptr()
-        tensors.eps, tensors.weight_bias = eps, weight_bias
+        x_at, weight_at = x.data_ptr(), weight.data_ptr()
+        residual_at = 0 if residual is None else residual.data_ptr()
+        if (x_at | weight_at | residual_at) & _MISALIGNED:
+            raise _misaligned()
+        parameters = launch.parameters
+        parameters.x, parameters.residual, parameters.weight = x_at, residual_at, weight_at
+        parameters.residual_out = total.data_ptr()
+        parameters.eps, parameters.weight_bias = eps, weight_bias
 
     def _enqueue(self, launch: Any) -> None:
-        tensors = launch.parameters
-        if (tensors.x | tensors.residual | tensors.weight) & _MISALIGNED:
-            raise InputError("tensor not aligned", expected="addresses that are multiples of 16")
         stream = torch._C._cuda_getCurrentRawStream(self._index)
         if stream != self._last_stream:
             self._follow(stream)
@@ -257,6 +258,10 @@ class NativeBackend(Backend):
             return
         self._workspace.close()
         self._launches.clear()
+
+
+def _misaligned() -> InputError:
+    return InputError("tensor not aligned", expected="addresses that are multiples of 16")
 
 
 def _timed_out(backend_id: str, group: Group, status: Status) -> RankTimeoutError:
