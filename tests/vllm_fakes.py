@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-from fusewise.bands import Band, Plan, Table
+from fusewise.bands import Band, Plan, Table, default_plan
 from fusewise.integrations import vllm_full
 from fusewise.integrations.vllm_full import Router
 from fusewise.kernels.norm import residual_rms_norm
 from fusewise.node import Fingerprint
+from fusewise.plan import derive
 from fusewise.profile import PathRecord, Profile, Provenance, Sample
 
 KIB, MIB = 2**10, 2**20
@@ -125,7 +126,15 @@ def tp2_profile(native: bool) -> Profile:
 class Worker:
     """What ``install`` meets in a worker: vLLM's communicator, FlashInfer, our communicator."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, profile: Profile | None) -> None:
+    def __init__(
+        self,
+        monkeypatch: pytest.MonkeyPatch,
+        profile: Profile | None,
+        *,
+        version: str = "0.22.1",
+        builds: bool = True,
+    ) -> None:
+        self.builds = builds
         self.agreed: list[str] = []
         self.built: list[Any] = []
         self.comm = types.ModuleType("flashinfer.comm")
@@ -138,14 +147,18 @@ class Worker:
         monkeypatch.setitem(sys.modules, "flashinfer", package)
         monkeypatch.setitem(sys.modules, "flashinfer.comm", self.comm)
         monkeypatch.setattr(vllm_full, "missing", lambda seams: [])
-        monkeypatch.setattr("importlib.metadata.version", lambda name: "0.22.1")
+        monkeypatch.setattr("importlib.metadata.version", lambda name: version)
         node = tp2_profile(native=True).fingerprint
         monkeypatch.setattr("fusewise.node.probe", lambda world_size: node)
         found = SimpleNamespace(profile=profile)
         monkeypatch.setattr("fusewise.store.find_profile", lambda node, dtype: found)
         monkeypatch.setattr("fusewise.communicator.Communicator", self.build)
         self.vllm = SimpleNamespace(
-            unique_name="tp:0", world_size=2, device_group="group", all_reduce=lambda x: "vllm"
+            unique_name="tp:0",
+            world_size=2,
+            device_group="group",
+            all_reduce=lambda x: "vllm",
+            fi_ar_comm=SimpleNamespace(disabled=False),
         )
 
     def build(self, group: Any, profile: Profile, **sizes: int) -> Any:
@@ -153,6 +166,10 @@ class Worker:
         ours: Any = Ours()
         agree = lambda phase, value: self.agreed.append(value)  # noqa: E731
         ours.group = SimpleNamespace(rank=0, agree=agree)
+        plan = derive(profile) if self.builds else default_plan("bfloat16", "nccl + rms_norm")
+        ours.plans = {"bfloat16": plan}
+        ours.close = lambda: ours.calls.append("close")
+        self.ours = ours
         return ours
 
     def config(self, mark: dict[str, Any] | None) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typer.testing import CliRunner, Result
 
 from fusewise.commands.vllm import app
 from fusewise.errors import InputError, UnavailableError
+from fusewise.integrations import vllm_node
 from fusewise.integrations.vllm_node import probe_apart, settings_here
 from fusewise.integrations.vllm_patch import TABLE_FILE, table_patch
 from fusewise.node import Fingerprint
@@ -181,6 +183,15 @@ def test_settings_refuse_what_vllm_refuses(environ: dict[str, str]) -> None:
 def test_settings_need_the_gpus_of_one_node(changes: dict[str, Any]) -> None:
     with pytest.raises(UnavailableError, match="one node"):
         settings_here("0.33", NODE.model_copy(update=changes), "bfloat16", {})
+
+
+def test_more_ranks_than_gpus_span_nodes() -> None:
+    """The probe's own code, with two GPUs."""
+    code = vllm_node._PROBE.replace("ranks, gpus", "gpu_count = lambda: 2; ranks, gpus")
+    for ranks, nodes in [(2, 1), (3, 2), (4, 2), (8, 4)]:
+        run_probe = [sys.executable, "-c", code, str(ranks)]
+        done = subprocess.run(run_probe, capture_output=True, text=True, check=True, timeout=60)
+        assert json.loads(done.stdout)["nodes"] == nodes
 
 
 def test_the_probe_runs_in_a_process_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from fusewise.errors import UnavailableError
 from fusewise.integrations import vllm_full
 from fusewise.integrations.vllm_full import install
+from fusewise.thresholds import VllmSettings
 from tests.vllm_fakes import MIB, Worker, fused_call, tp2_profile
 
 FULL = {"mode": "full", "cap_mb": 16.0}
@@ -56,3 +58,32 @@ def test_install_without_its_profile_or_seam_says_so(monkeypatch: pytest.MonkeyP
     with pytest.raises(UnavailableError, match="moved a seam"):
         install(worker.vllm, worker.config(FULL))
     assert worker.comm.allreduce_fusion is before
+
+
+def test_install_without_a_native_kernel_gives_back_what_it_built(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    worker = Worker(monkeypatch, tp2_profile(native=True), builds=False)
+    before = worker.comm.allreduce_fusion, worker.vllm.all_reduce
+    with pytest.raises(UnavailableError, match="no native kernel could be built"):
+        install(worker.vllm, worker.config(FULL))
+    assert worker.ours.calls == ["close"]
+    assert (worker.comm.allreduce_fusion, worker.vllm.all_reduce) == before
+    assert not worker.vllm.fi_ar_comm.disabled
+
+
+@pytest.mark.parametrize("version", ["0.22.1", "0.33.0"])
+def test_plain_flashinfer_steps_back_where_it_would_come_first(
+    monkeypatch: pytest.MonkeyPatch, version: str
+) -> None:
+    worker = Worker(monkeypatch, tp2_profile(native=True), version=version)
+    install(worker.vllm, worker.config(FULL))
+    assert worker.vllm.fi_ar_comm.disabled
+
+
+def test_plain_flashinfer_stays_where_vllm_sized_it_by_itself() -> None:
+    blackwell = VllmSettings(version="0.33", sm=100, world_size=8, multicast=True)
+    theirs = SimpleNamespace(fi_ar_comm=SimpleNamespace(disabled=False))
+    vllm_full._silence_plain_flashinfer(theirs, blackwell)
+    assert not theirs.fi_ar_comm.disabled
+    vllm_full._silence_plain_flashinfer(SimpleNamespace(fi_ar_comm=None), blackwell)

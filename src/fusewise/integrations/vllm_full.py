@@ -12,6 +12,7 @@ from __future__ import annotations
 import importlib.metadata
 import logging
 import os
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from fusewise.bands import Plan, Table
@@ -167,9 +168,19 @@ def install(vllm_communicator: Any, config: Any) -> None:
         raise UnavailableError("full mode is off: this vLLM has moved a seam", got=moved[0])
     import flashinfer.comm
 
+    from fusewise.communicator import Communicator
+
     pattern = flashinfer.comm.AllReduceFusionPattern.kARResidualRMSNorm
-    communicator, plan = _on_group(vllm_communicator, config, int(mark["cap_mb"] * 2**20))
+    settings, profile = _here(vllm_communicator.world_size, config)
+    communicator = Communicator(
+        vllm_communicator.device_group,
+        _only(profile, lambda path: path.startswith(_NATIVE)),
+        max_message_bytes=int(mark["cap_mb"] * 2**20),
+        max_hidden_size=config.model_config.get_hidden_size(),
+    )
+    plan = _plan_with(communicator, profile, settings)
     # The ranks have just agreed; what follows cannot fail on one of them alone.
+    _silence_plain_flashinfer(vllm_communicator, settings)
     router = Router(communicator, plan, vllm_communicator.all_reduce, pattern)
     vllm_communicator.all_reduce = router.all_reduce
     wrap(flashinfer.comm, "allreduce_fusion", router.fused)
@@ -185,31 +196,55 @@ def _bands_text(plan: Plan) -> list[str]:
     ]
 
 
-def _on_group(vllm_communicator: Any, config: Any, cap_bytes: int) -> tuple[Communicator, Plan]:
-    """Our communicator on vLLM's group, and the plan over what this vLLM can run.
+def _here(world_size: int, config: Any) -> tuple[VllmSettings, Profile]:
+    """This worker's vLLM and its node's profile.
 
     Raises:
-        FusewiseError: no profile, or ranks disagree; alike on all ranks of the group.
+        FusewiseError: there is no profile any more, or a switch cannot be read.
     """
-    from fusewise.communicator import Communicator
     from fusewise.node import probe
     from fusewise.store import find_profile
 
     dtype = parse_dtype(str(config.model_config.dtype))
-    node = probe(vllm_communicator.world_size)
+    node = probe(world_size)
     custom = not config.parallel_config.disable_custom_all_reduce
     version = importlib.metadata.version("vllm")
     settings = settings_here(version, node, dtype, os.environ, custom_all_reduce=custom)
     profile = find_profile(node, dtype).profile
     if profile is None:
         raise UnavailableError("full mode is off: the profile has gone")
-    native = tuple(s for s in profile.samples if s.path.startswith(_NATIVE))
-    communicator = Communicator(
-        vllm_communicator.device_group,
-        profile.model_copy(update={"samples": native}),
-        max_message_bytes=cap_bytes,
-        max_hidden_size=config.model_config.get_hidden_size(),
-    )
-    plan = derive(choices_here(profile, settings))
+    return settings, profile
+
+
+def _only(profile: Profile, keeps: Callable[[str], bool]) -> Profile:
+    kept = tuple(sample for sample in profile.samples if keeps(sample.path))
+    return profile.model_copy(update={"samples": kept})
+
+
+def _plan_with(communicator: Communicator, profile: Profile, settings: VllmSettings) -> Plan:
+    """The plan over what this vLLM and the native kernels that could be built can run.
+
+    Raises:
+        DisagreementError: ranks derived different plans.
+        UnavailableError: no native kernel could be built; so on all ranks.
+    """
+    paths = communicator.plans[profile.dtype].paths()
+    built = {path for path in paths if path.startswith(_NATIVE)}
+    if not built:
+        communicator.close()
+        raise UnavailableError("full mode is off: no native kernel could be built")
+    usable = _only(profile, lambda path: path in built or not path.startswith(_NATIVE))
+    plan = derive(choices_here(usable, settings))
     communicator.group.agree("plan inside vLLM", plan.digest)
-    return communicator, plan
+    return plan
+
+
+def _silence_plain_flashinfer(vllm_communicator: Any, settings: VllmSettings) -> None:
+    """The plan's unfused paths are vLLM's other all-reduces: FlashInfer's must not come first.
+
+    It stays where vLLM holds a size of its own for it, as on some Blackwell nodes.
+    """
+    plain = getattr(vllm_communicator, "fi_ar_comm", None)
+    own = displaced_choice(settings, engine_cap(settings) or 0)
+    if plain is not None and not own.startswith("flashinfer"):
+        plain.disabled = True

@@ -18,9 +18,13 @@ from fusewise.node import Fingerprint
 from fusewise.shape import DType
 from fusewise.thresholds import FlashInferBackend, VllmSettings
 
-_PROBE = (
-    "import sys; from fusewise.node import probe; print(probe(int(sys.argv[1])).model_dump_json())"
-)
+# Fewer GPUs here than ranks: the group spans nodes.
+_PROBE = """
+import sys
+from fusewise.node import gpu_count, probe
+ranks, gpus = int(sys.argv[1]), gpu_count()
+print(probe(ranks, nodes=-(-ranks // gpus) if gpus else 1).model_dump_json())
+"""
 _PROBE_TIMEOUT_S = 60.0  # a cold driver takes a few seconds
 
 
