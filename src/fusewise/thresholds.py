@@ -249,8 +249,13 @@ def field_mb(cap_bytes: int) -> float:
 
 
 def vllm_flag(cap_bytes: int) -> str:
-    """What to paste behind ``vllm serve MODEL`` to set the cap by hand."""
+    """What to paste behind ``vllm serve MODEL`` to set the cap by hand.
+
+    A cap of 0 turns the fusion off: as a size, vLLM would make it a compile range of no tokens.
+    """
     field_text = f'{{"fi_allreduce_fusion_max_size_mb": {field_mb(cap_bytes)!r}}}'
+    if cap_bytes == 0:
+        field_text = '{"fuse_allreduce_rms": false}'
     return f"--compilation-config '{{\"pass_config\": {field_text}}}'"
 
 

@@ -220,6 +220,8 @@ def test_flag_and_the_variable_beside_it() -> None:
     assert vllm_flag(parse_size("256K")) == (
         '--compilation-config \'{"pass_config": {"fi_allreduce_fusion_max_size_mb": 0.25}}\''
     )
+    off = '--compilation-config \'{"pass_config": {"fuse_allreduce_rms": false}}\''
+    assert vllm_flag(0) == off
     assert vllm_environment(settings(), 262144) == "VLLM_ALLREDUCE_USE_FLASHINFER=0"
     assert vllm_environment(settings(), 524288) is None
     assert vllm_environment(settings(version="0.28"), 262144) is None
