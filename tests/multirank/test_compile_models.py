@@ -16,11 +16,14 @@ from tests.ranks import run_ranks
 
 pytest.importorskip("transformers")
 
-LAYERS = 2
+pytestmark = pytest.mark.timeout(300)  # ranks compile; other suites may share the cores
+
 TOKENS = 8
 # The embedding is split over the vocabulary: one more all-reduce, with a norm right behind it in
 # Qwen3 and Llama. Gemma 3 scales the embedding first, and norms before it adds the residual.
 SITES = {"tiny": 1, "tiny-moe": 1, "tiny-llama": 1, "tiny-gemma3": 0}
+# One model also shows that a layer's last all-reduce joins the next layer's first norm.
+LAYERS = {"tiny": 2, "tiny-moe": 1, "tiny-llama": 1, "tiny-gemma3": 1}
 
 
 def _models(rank: int) -> dict[str, Any]:
@@ -30,7 +33,7 @@ def _models(rank: int) -> dict[str, Any]:
     with torch.no_grad(), Communicator(profile=profile) as communicator:
         for name in SITES:
             torch._dynamo.reset()
-            model = build_model(shape_named(name, LAYERS), 2, torch.bfloat16, 64)
+            model = build_model(shape_named(name, LAYERS[name]), 2, torch.bfloat16, 64)
             fusion, graphs = fusion_pass(communicator=communicator), []
             compiled = torch.compile(model, backend=interpreted_backend(fusion, graphs.append))
             got = compiled(tokens, use_cache=False).logits
@@ -48,7 +51,7 @@ def _models(rank: int) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def ranks() -> list[dict[str, Any]]:
-    return run_ranks(_models, 2, timeout_s=110)
+    return run_ranks(_models, 2, timeout_s=240)
 
 
 @pytest.mark.parametrize("name", SITES)
@@ -56,8 +59,8 @@ def test_two_sites_per_layer_and_the_same_logits(ranks: list[dict[str, Any]], na
     for results in ranks:
         result = results[name]
         assert result["graphs"] == 1
-        assert result["met"] == 2 * LAYERS + 1
-        assert result["rewritten"] == result["fused"] == 2 * LAYERS + SITES[name]
+        assert result["met"] == 2 * LAYERS[name] + 1
+        assert result["rewritten"] == result["fused"] == 2 * LAYERS[name] + SITES[name]
         # bf16 keeps 8 bits; two layers of roundings in another order cost a few units of that.
         assert result["difference"] <= 2**-5 * result["largest"]
         assert result["largest"] > 0

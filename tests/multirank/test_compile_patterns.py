@@ -18,6 +18,8 @@ from tests.compiled import boundary_profile, count
 from tests.ranks import run_ranks
 from tests.sites import PATTERNS, H, patterns
 
+pytestmark = pytest.mark.timeout(300)  # ranks compile; other suites may share the cores
+
 LAST_FUSED = 16
 SEED = 7
 
@@ -133,7 +135,7 @@ def _errors(communicator: Any, function: Any, rank: int) -> list[float]:
 
 @pytest.fixture(scope="module")
 def ranks() -> list[dict[Any, Any]]:
-    return run_ranks(_everything, 2, timeout_s=110)
+    return run_ranks(_everything, 2, timeout_s=240)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))

@@ -193,21 +193,21 @@ def _run(team: Team, settings: DecodeSettings, arms: list[Arm]) -> dict[str, Any
     Raises:
         RankError: a rank failed; the message names it and what it was doing.
     """
+    from fusewise.commands.progress import progress
     from fusewise.launch import run_attempt, terminated_like_interrupted
 
     request = {
         "settings": asdict(settings),
         "plans": {arm.name: arm.plan.to_dict() for arm in arms},
     }
+    job = "fusewise.decode.job:decode_rank"
+    with terminated_like_interrupted(), progress("decode") as listen:
 
-    def told(rank: int, event: dict[str, Any]) -> None:
-        if rank == 0 and event["kind"] == "phase":
-            tell([event["text"]])
+        def told(rank: int, event: dict[str, Any]) -> None:
+            if rank == 0 and event["kind"] == "progress":
+                listen(event)
 
-    with terminated_like_interrupted():
-        outcome = run_attempt(
-            team, "fusewise.decode.job:decode_rank", request, told, settings.timeout_s
-        )
+        outcome = run_attempt(team, job, request, told, settings.timeout_s)
     if outcome.failure is not None:
         error = RankError(f"decode stopped: {outcome.failure}")
         error.exit_code = outcome.failure.code

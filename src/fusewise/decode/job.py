@@ -6,7 +6,7 @@ Every arm's logits are compared with the unfused arm's before anything is timed.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -30,6 +30,8 @@ _TIME_S = 300.0
 _BROKEN = 0.5
 
 Row = dict[str, Any]
+Phase = Literal["decode", "prefill"]
+Runner = DecodeRunner | PrefillRunner
 
 
 def decode_rank(worker: Worker, request: dict[str, Any]) -> dict[str, Any] | None:
@@ -39,33 +41,30 @@ def decode_rank(worker: Worker, request: dict[str, Any]) -> dict[str, Any] | Non
     torch.set_grad_enabled(False)
     torch._dynamo.config.recompile_limit = 64  # kinds of graphs × one batch and many
     worker.phase("build the model", None, _BUILD_S)
-    dtype = getattr(torch, settings.dtype)
+    communicators = _communicators(worker, settings, plans)
+    group = next(iter(communicators.values())).group
     positions = settings.context + settings.steps + max((0, *settings.prefill_tokens)) + 8
     shape = shape_named(settings.model, settings.num_layers)
-    model = build_model(shape, worker.world_size, dtype, positions)
-    communicators = _communicators(worker, settings, plans)
-    first = next(iter(communicators.values()))
-    device = first.group.device
-    model.to(device)
-    compiled = Compiled(model, first.group.name, first.plans[settings.dtype].baseline, settings)
+    dtype = getattr(torch, settings.dtype)
+    model = build_model(shape, worker.world_size, dtype, positions).to(group.device)
+    baseline = next(iter(plans.values())).baseline
+    compiled = Compiled(model, group.name, baseline, settings)
+    work: list[tuple[Phase, int]] = [("decode", size) for size in settings.batches]
+    work += [("prefill", tokens) for tokens in settings.prefill_tokens]
     rows: list[Row] = []
-    for size in settings.batches:
-        worker.phase(f"decode at batch {size}: compile", None, _COMPILE_S)
-        batch = Batch(compiled, size, device)
-        runners = {
-            name: DecodeRunner(compiled, batch, _choice(communicator, settings, size), communicator)
-            for name, communicator in communicators.items()
-        }
-        rows += _measure(worker, settings, "decode", size, runners, size * settings.steps)
-    for tokens in settings.prefill_tokens:
-        worker.phase(f"prefill of {tokens}: compile", None, _COMPILE_S)
-        prefills = {
-            name: PrefillRunner(
-                compiled, tokens, _choice(communicator, settings, tokens), communicator, device
-            )
-            for name, communicator in communicators.items()
-        }
-        rows += _measure(worker, settings, "prefill", tokens, prefills, tokens)
+    for done, (phase, tokens) in enumerate(work):
+        name = f"{phase} {tokens}"
+        worker.emit("progress", done=done, planned=len(work), op=phase, shape=f"{tokens}")
+        worker.phase(f"{name}: compile", None, _COMPILE_S)
+        runners = _runners(compiled, phase, tokens, communicators)
+        worker.phase(f"{name}: check", None, _TIME_S)
+        differences = _differences(runners)
+        times_s = _times(worker, name, runners, settings.repeats)
+        rows += [
+            _row(runner, arm, phase, tokens, settings)
+            | {"times_s": times_s[arm], "logits_difference": differences[arm]}
+            for arm, runner in runners.items()
+        ]
     sites = {
         choice: [str(site).strip() for site in fusion.sites]
         for choice, fusion in compiled.passes.items()
@@ -98,48 +97,56 @@ def _choice(communicator: Communicator, settings: DecodeSettings, tokens: int) -
     return decide(plan, settings.hidden_size, TokenRange(tokens, tokens), True).choice
 
 
-def _measure(
-    worker: Worker,
-    settings: DecodeSettings,
-    phase: str,
-    tokens: int,
-    runners: Mapping[str, DecodeRunner | PrefillRunner],
-    tokens_per_run: int,
-) -> list[Row]:
-    """Times all arms in turns; one row per arm."""
-    worker.phase(f"{phase} {tokens}: check", None, _TIME_S)
-    differences = _differences(runners)
-    names = list(runners)
-    mine: dict[str, list[float]] = {name: [] for name in names}
-    group = next(iter(runners.values())).communicator.group
-    for repeat in range(settings.repeats):
-        worker.phase(f"{phase} {tokens}: round {repeat + 1} of {settings.repeats}", None, _TIME_S)
-        for k in range(len(names)):
-            name = names[(repeat + k) % len(names)]  # nobody always follows the same other
+def _runners(
+    compiled: Compiled, phase: Phase, tokens: int, communicators: Mapping[str, Communicator]
+) -> dict[str, Runner]:
+    """One runner per arm, all on the same tokens and the same cache."""
+    settings = compiled.settings
+    runners: dict[str, Runner] = {}
+    batch = Batch(compiled, tokens) if phase == "decode" else None
+    for arm, communicator in communicators.items():
+        choice = _choice(communicator, settings, tokens)
+        if batch is not None:
+            runners[arm] = DecodeRunner(compiled, batch, choice, communicator)
+        else:
+            runners[arm] = PrefillRunner(compiled, tokens, choice, communicator)
+    return runners
+
+
+def _times(
+    worker: Worker, name: str, runners: Mapping[str, Runner], repeats: int
+) -> dict[str, list[float]]:
+    """Seconds per round and arm, the slowest rank's; arms take turns within a round."""
+    arms = list(runners)
+    mine: dict[str, list[float]] = {arm: [] for arm in arms}
+    group = runners[arms[0]].communicator.group
+    for repeat in range(repeats):
+        worker.phase(f"{name}: round {repeat + 1} of {repeats}", None, _TIME_S)
+        for k in range(len(arms)):
+            arm = arms[(repeat + k) % len(arms)]  # nobody always follows the same other
             group.barrier("round")
-            mine[name].append(runners[name].time_s())
+            mine[arm].append(runners[arm].time_s())
     everyone = group.gather("times", mine)
+    return {
+        arm: [round(max(rank[arm][i] for rank in everyone), 6) for i in range(repeats)]
+        for arm in arms
+    }
+
+
+def _row(runner: Runner, arm: str, phase: Phase, tokens: int, settings: DecodeSettings) -> Row:
     shape = Shape(tokens, settings.hidden_size, settings.dtype)
-    rows = []
-    for name, runner in runners.items():
-        slowest = [max(rank[name][i] for rank in everyone) for i in range(settings.repeats)]
-        rows.append(
-            {
-                "phase": phase,
-                "tokens": tokens,
-                "message_bytes": shape.message_bytes,
-                "arm": name,
-                "path": runner.communicator.decide("all_reduce_rms_norm", shape).path,
-                "graph": _choice(runner.communicator, settings, tokens),
-                "tokens_per_run": tokens_per_run,
-                "times_s": [round(time_s, 6) for time_s in slowest],
-                "logits_difference": differences[name],
-            }
-        )
-    return rows
+    return {
+        "phase": phase,
+        "tokens": tokens,
+        "message_bytes": shape.message_bytes,
+        "arm": arm,
+        "path": runner.communicator.decide("all_reduce_rms_norm", shape).path,
+        "graph": _choice(runner.communicator, settings, tokens),
+        "tokens_per_run": tokens * (settings.steps if phase == "decode" else 1),
+    }
 
 
-def _differences(runners: Mapping[str, DecodeRunner | PrefillRunner]) -> dict[str, float]:
+def _differences(runners: Mapping[str, Runner]) -> dict[str, float]:
     """Each arm's logits against the first arm's, relative to their size; median over sequences.
 
     Raises:

@@ -85,10 +85,10 @@ class Compiled:
 class Batch:
     """The tokens and the cache of one batch size; arms take turns with them."""
 
-    def __init__(self, compiled: Compiled, size: int, device: torch.device) -> None:
+    def __init__(self, compiled: Compiled, size: int) -> None:
         from transformers import StaticCache
 
-        settings = compiled.settings
+        settings, device = compiled.settings, compiled.model.device
         length = settings.context + settings.steps + 2 * _WARM_STEPS
         generator = torch.Generator().manual_seed(size)
         vocabulary = compiled.model.config.vocab_size
@@ -170,16 +170,12 @@ class PrefillRunner:
     """Timed prefills of one arm at one length; not captured, since the GPU is busy for long."""
 
     def __init__(
-        self,
-        compiled: Compiled,
-        tokens: int,
-        choice: Choice,
-        communicator: Communicator,
-        device: torch.device,
+        self, compiled: Compiled, tokens: int, choice: Choice, communicator: Communicator
     ) -> None:
         generator = torch.Generator().manual_seed(tokens)
         vocabulary = compiled.model.config.vocab_size
-        self._ids = torch.randint(vocabulary, (1, tokens), generator=generator).to(device)
+        self._ids = torch.randint(vocabulary, (1, tokens), generator=generator)
+        self._ids = self._ids.to(compiled.model.device)
         self._function = compiled.function("prefill", choice)
         self.communicator = communicator
         self.logits: Tensor = torch.empty(0)
