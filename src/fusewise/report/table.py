@@ -207,12 +207,15 @@ def _escape_markdown(text: str) -> str:
 
 
 def _plain(section: Section) -> str:
-    """Aligned words and nothing else: two blanks between columns, no rules, no colour."""
-    columns = section.columns
+    """Aligned words and nothing else: two blanks between columns, no rules, no colour.
+
+    A section without a record but with a note to say so shows no empty head.
+    """
+    columns = section.columns if section.records or not section.notes else ()
     heads = [column.head.split("\n") for column in columns]
     depth = max(map(len, heads), default=0)
     rows = [list(row) for row in zip(*([""] * (depth - len(h)) + h for h in heads), strict=True)]
-    rows += cells(section)
+    rows += cells(section) if columns else []
     widths = [max(len(row[i]) for row in rows) for i in range(len(columns))]
     pads: list[Callable[[str, int], str]] = [
         str.rjust if column.align == "right" else str.ljust for column in columns
