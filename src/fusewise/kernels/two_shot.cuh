@@ -141,6 +141,25 @@ FW_DEVICE void exchange_squares(const Tile<kWorld>& tile, TwoShotShared& shared)
   block_barrier();  // all of shared.scale is written
 }
 
+// Waits until every piece that has a slot is full; after a time-out the missing words are NaN.
+FW_DEVICE void await_pieces(const GroupParams& group, const Piece (&piece)[kAhead],
+                            char* const (&slot)[kAhead], Words (&v)[kAhead]) {
+  Patience patience;
+  for (;;) {
+    int row = -1;
+    int owner = 0;
+    FW_UNROLL
+    for (int j = 0; j < kAhead; ++j) {
+      if (slot[j] != nullptr && !complete(v[j])) {
+        row = piece[j].row;
+        owner = piece[j].owner;
+        v[j] = peek_words(slot[j]);
+      }
+    }
+    if (row < 0 || !patience.more(group, row, kGatherPhase, owner)) return;
+  }
+}
+
 template <class Type, int kWorld, Output kOutput>
 FW_DEVICE void gather(const Tile<kWorld>& tile, const TwoShotShared& shared) {
   const TwoShotParams& p = tile.p;
@@ -153,6 +172,7 @@ FW_DEVICE void gather(const Tile<kWorld>& tile, const TwoShotShared& shared) {
     Piece piece[kAhead];
     char* slot[kAhead];
     Words v[kAhead];
+    Words weight[kAhead] = {};
     FW_UNROLL
     for (int j = 0; j < kAhead; ++j) {
       const int number = i + j * warps;
@@ -161,21 +181,21 @@ FW_DEVICE void gather(const Tile<kWorld>& tile, const TwoShotShared& shared) {
       const long long unit = tile.global_unit(piece[j].unit);
       slot[j] = p.group.slots[rank] + slot_offset<kWorld>(p.group, kGatherPhase, unit, lane) +
                 dense(piece[j].owner, rank) * kUnitBytes;
-      if (piece[j].column >= 0) v[j] = tile.dead ? empty_slot() : peek_words(slot[j]);
+      if (piece[j].column < 0 || tile.dead) slot[j] = nullptr;
+      v[j] = slot[j] != nullptr ? peek_words(slot[j]) : empty_slot();
+      if (kOutput == Output::kNorm && piece[j].column >= 0) {
+        weight[j] = weight_at(p, piece[j].column);
+      }
     }
+    await_pieces(p.group, piece, slot, v);
     FW_UNROLL
     for (int j = 0; j < kAhead; ++j) {
       if (piece[j].column < 0) continue;
-      Patience patience;
-      while (!complete(v[j]) && !tile.dead &&
-             patience.more(p.group, piece[j].row, kGatherPhase, piece[j].owner)) {
-        v[j] = peek_words(slot[j]);
-      }
-      if (!tile.dead) push_words(slot[j], empty_slot());
+      if (slot[j] != nullptr) push_words(slot[j], empty_slot());
       store_words(static_cast<char*>(sums) + tile.place(piece[j]), v[j]);
       if (kOutput == Output::kNorm) {
         store_words(static_cast<char*>(p.output.out) + tile.place(piece[j]),
-                    norm_of<Type>(tile, shared, piece[j].row, piece[j].column, v[j]));
+                    norm_of<Type>(tile, shared, piece[j].row, v[j], weight[j]));
       }
     }
   }

@@ -9,14 +9,16 @@
 
 namespace fusewise {
 
+FW_DEVICE Words weight_at(const TwoShotParams& p, int column) {
+  return load_words(static_cast<const char*>(p.weight) + column * kVectorBytes);
+}
+
 // The norm of one vector as words of the element type.
 template <class Type, int kWorld>
-FW_DEVICE Words norm_of(const Tile<kWorld>& tile, const TwoShotShared& shared, int row, int column,
-                        Words sum) {
-  const TwoShotParams& p = tile.p;
-  const Words weight = load_words(static_cast<const char*>(p.weight) + column * kVectorBytes);
+FW_DEVICE Words norm_of(const Tile<kWorld>& tile, const TwoShotShared& shared, int row, Words sum,
+                        Words weight) {
   const float scale = shared.scale[row - tile.first_row];
-  return pack<Type>(normalise<Type>(unpack<Type>(sum), scale, weight, p.weight_bias));
+  return pack<Type>(normalise<Type>(unpack<Type>(sum), scale, weight, tile.p.weight_bias));
 }
 
 // The norm of this rank's own columns; each thread reads back what it stored in reduce().
@@ -28,7 +30,7 @@ FW_DEVICE void write_own(const Tile<kWorld>& tile, const TwoShotShared& shared) 
     if (piece.column < 0) continue;
     const Words sum = load_words(static_cast<const char*>(p.residual_out) + tile.place(piece));
     store_words(static_cast<char*>(p.output.out) + tile.place(piece),
-                norm_of<Type>(tile, shared, piece.row, piece.column, sum));
+                norm_of<Type>(tile, shared, piece.row, sum, weight_at(p, piece.column)));
   }
 }
 
@@ -50,7 +52,7 @@ FW_DEVICE void write_fp8(const Tile<kWorld>& tile, const TwoShotShared& shared) 
       float largest = 0.0f;
       for (int column = lane; column < p.row_vectors; column += kWarp) {
         const Words sum = load_words(sums + column * kVectorBytes);
-        const Words norm = norm_of<Type>(tile, shared, row, column, sum);
+        const Words norm = norm_of<Type>(tile, shared, row, sum, weight_at(p, column));
         largest = max_or_nan(largest, largest_of<Type>(unpack<Type>(norm)));
       }
       scale = dynamic_scale(warp_max(largest, kWarp));
@@ -61,7 +63,8 @@ FW_DEVICE void write_fp8(const Tile<kWorld>& tile, const TwoShotShared& shared) 
       const bool used = column < p.row_vectors;
       Words norm = {};
       if (used) {
-        norm = norm_of<Type>(tile, shared, row, column, load_words(sums + column * kVectorBytes));
+        const Words sum = load_words(sums + column * kVectorBytes);
+        norm = norm_of<Type>(tile, shared, row, sum, weight_at(p, column));
       }
       if (kOutput == Output::kGroupFp8) {
         const float largest = used ? largest_of<Type>(unpack<Type>(norm)) : 0.0f;
