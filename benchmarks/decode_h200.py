@@ -1,0 +1,60 @@
+"""Decode and prefill of the Qwen3-30B-A3B shape on two H200s, under all plans.
+
+    python benchmarks/decode_h200.py --layers 16
+
+A thin driver of ``fusewise decode``: one profile for all runs, then the comparison with and
+without our own kernels, then the ablation in which the fast unfused path is left out. Writes JSON,
+table and plot to benchmarks/results/. Needs two GPUs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+
+from fusewise.node import gpu_count
+
+RESULTS = Path(__file__).parent / "results"
+BATCHES = "1,8,64,96,128,256"
+PREFILL = "2048,8192,16384"
+
+
+def fusewise(*words: str) -> str:
+    """The table on stdout; progress goes to this process's stderr."""
+    command = [sys.executable, "-m", "fusewise", *words]
+    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--layers", type=int, default=16, help="of 48; the JSON says how many")
+    parser.add_argument("--profile", help="a profile of this node; measured first by default")
+    parser.add_argument("--steps", default="256")
+    parser.add_argument(
+        "--ablate", nargs="*", default=["nccl_symm"], help="fast unfused backends to leave out"
+    )
+    arguments = parser.parse_args()
+    if gpu_count() < 2:
+        print("decode_h200: needs two GPUs", file=sys.stderr)
+        return 3
+    profile = arguments.profile
+    if profile is None:
+        fusewise("tune", "--tp", "2", "--hidden", "2048", "--output", str(RESULTS))
+        profile = str(max(RESULTS.glob("device=*tp=2*.json"), key=lambda p: p.stat().st_mtime))
+    names = ["native", *arguments.ablate]
+    table = fusewise(
+        "decode", "--model", "qwen3-30b-a3b", "--layers", str(arguments.layers), "--tp", "2",
+        "--batches", BATCHES, "--prefill", PREFILL, "--steps", arguments.steps,
+        "--profile", profile, *(word for name in names for word in ("--without", name)),
+        "--output", str(RESULTS / "decode_h200x2.json"),
+        "--plot", str(RESULTS / "decode_h200x2.svg"), "--format", "md",
+    )  # fmt: skip
+    (RESULTS / "decode_h200x2.md").write_text(table)
+    print(table, end="")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
