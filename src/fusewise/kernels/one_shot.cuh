@@ -81,6 +81,22 @@ FW_DEVICE void write_norm(const OneShotParams& p, RowShared<kBlocks>& shared, in
   }
 }
 
+// Brings what the worker's next row needs into L2 while it waits for this one.
+template <int kVectors>
+FW_DEVICE void prefetch_row(const OneShotParams& p, int row, const int (&column)[kVectors],
+                            bool has_residual) {
+  const long long start = static_cast<long long>(row) * p.row_vectors;
+  FW_UNROLL
+  for (int i = 0; i < kVectors; ++i) {
+    if (column[i] < 0) continue;
+    const long long at = (start + column[i]) * kVectorBytes;
+    prefetch(static_cast<const char*>(p.x) + at);
+    if (has_residual) prefetch(static_cast<const char*>(p.residual) + at);
+    const long long unit = static_cast<long long>(row) * p.row_units + column[i] / kWarp;
+    prefetch(p.group.epochs + unit);
+  }
+}
+
 template <class Type, int kWorld, int kVectors, int kBlocks, Output kOutput, bool kEarlyTrigger,
           class Skew = NoSkew>
 FW_DEVICE void one_shot(const OneShotParams& p, RowShared<kBlocks>& shared) {
@@ -155,6 +171,7 @@ FW_DEVICE void one_shot(const OneShotParams& p, RowShared<kBlocks>& shared) {
         residual[i] = load_words(residual_row + column[i] * kVectorBytes);
       }
     }
+    if (row < p.num_tokens - workers) prefetch_row(p, row + workers, column, has_residual);
     Skew::before_take(p.group.rank, row);
     Floats<Type> total[kVectors];
     FW_UNROLL
