@@ -149,12 +149,26 @@ class NativeBackend(Backend):
         eps: float,
         weight_bias: float = 0.0,
     ) -> tuple[Tensor, Tensor]:
-        launch = self._launch_for(x, "kNorm")
         norm, total = torch.empty_like(x), torch.empty_like(x)
+        self.all_reduce_rms_norm_into(norm, total, x, residual, weight, eps, weight_bias)
+        return norm, total
+
+    def all_reduce_rms_norm_into(
+        self,
+        norm: Tensor,
+        total: Tensor,
+        x: Tensor,
+        residual: Tensor | None,
+        weight: Tensor,
+        eps: float,
+        weight_bias: float = 0.0,
+    ) -> None:
+        """Into aligned tensors like ``x`` that may be ``x`` and ``residual`` themselves: the thread
+        that writes an element is the one that read it (tests/emulator/test_in_place.py)."""
+        launch = self._launch_for(x, "kNorm")
         launch.output.out = norm.data_ptr()
         self._fill(launch, x, residual, weight, total, eps, weight_bias)
         self._enqueue(launch)
-        return norm, total
 
     def all_reduce_rms_norm_fp8(
         self,
