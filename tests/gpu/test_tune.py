@@ -1,4 +1,4 @@
-"""The whole tune on two real GPUs: every candidate verified, a plan, and the plan run in a graph."""
+"""The whole tune on two real GPUs: every candidate verified, and the plan run in a graph."""
 
 from __future__ import annotations
 
