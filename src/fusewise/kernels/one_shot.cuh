@@ -1,10 +1,10 @@
 // One-shot push: every rank sends its rows to every peer, adds what it receives, and normalises.
 //
-// Per row: load, push to all peers, wait for all peers, add in rank order in fp32, add the residual,
-// normalise. A block takes rows worker, worker + workers, ... in rising order, and the host launches
-// no more blocks than fit on the device at once. So the smallest row that some rank has not
-// finished is being worked on by all ranks, all have pushed it before polling it, and it completes:
-// no order among blocks is assumed.
+// Per row: load, push to all peers, wait for all peers, add in rank order in fp32, add the
+// residual, normalise. A block takes rows worker, worker + workers, ... in rising order, and the
+// host launches no more blocks than fit on the device at once. So the smallest row that some rank
+// has not finished is being worked on by all ranks, all have pushed it before polling it, and it
+// completes: no order among blocks is assumed.
 //
 // The host fills OneShotParams and passes it by value; `one_shot` is the whole kernel.
 
@@ -81,126 +81,155 @@ FW_DEVICE void write_norm(const OneShotParams& p, RowShared<kBlocks>& shared, in
   }
 }
 
+// Which vectors of a row this thread handles; -1: none.
+template <int kVectors, int kBlocks>
+FW_DEVICE void columns_of(const OneShotParams& p, int (&column)[kVectors]) {
+  FW_UNROLL
+  for (int i = 0; i < kVectors; ++i) {
+    const int strip = i * kBlocks + block_index() % kBlocks;
+    const int at = strip * thread_count() + thread_index();
+    column[i] = at < p.row_vectors ? at : -1;
+  }
+}
+
+FW_DEVICE long long unit_of(const OneShotParams& p, int row, int column) {
+  return static_cast<long long>(row) * p.row_units + column / kWarp;
+}
+
+FW_DEVICE long long place_of(const OneShotParams& p, int row, int column) {
+  return (static_cast<long long>(row) * p.row_vectors + column) * kVectorBytes;
+}
+
+template <int kVectors>
+FW_DEVICE void load_row(const OneShotParams& p, const void* tensor, int row,
+                        const int (&column)[kVectors], Words (&words)[kVectors]) {
+  FW_UNROLL
+  for (int i = 0; i < kVectors; ++i) {
+    if (column[i] < 0) continue;
+    words[i] = load_words(static_cast<const char*>(tensor) + place_of(p, row, column[i]));
+  }
+}
+
+// Hints for what no kernel before may still write, or whose value the hint does not fix.
+template <int kVectors>
+FW_DEVICE void prefetch_before_wait(const OneShotParams& p, int row, const int (&column)[kVectors],
+                                    bool has_weight) {
+  prefetch(p.group.dead);
+  FW_UNROLL
+  for (int i = 0; i < kVectors; ++i) {
+    if (column[i] < 0) continue;
+    if (has_weight) prefetch(static_cast<const char*>(p.weight) + column[i] * kVectorBytes);
+    if (row < p.num_tokens) prefetch(p.group.epochs + unit_of(p, row, column[i]));
+  }
+}
+
 // Brings what the worker's next row needs into L2 while it waits for this one.
 template <int kVectors>
 FW_DEVICE void prefetch_row(const OneShotParams& p, int row, const int (&column)[kVectors],
                             bool has_residual) {
-  const long long start = static_cast<long long>(row) * p.row_vectors;
   FW_UNROLL
   for (int i = 0; i < kVectors; ++i) {
     if (column[i] < 0) continue;
-    const long long at = (start + column[i]) * kVectorBytes;
+    const long long at = place_of(p, row, column[i]);
     prefetch(static_cast<const char*>(p.x) + at);
     if (has_residual) prefetch(static_cast<const char*>(p.residual) + at);
-    const long long unit = static_cast<long long>(row) * p.row_units + column[i] / kWarp;
-    prefetch(p.group.epochs + unit);
+    prefetch(p.group.epochs + unit_of(p, row, column[i]));
+  }
+}
+
+// Sends this thread's part of a row to all peers and raises the epochs. `slot` receives where the
+// peers' parts arrive here; null: nothing to take. Returns the phase, for messages.
+template <int kWorld, int kVectors, class Skew>
+FW_DEVICE unsigned push_row(const OneShotParams& p, int row, const int (&column)[kVectors],
+                            bool dead, Words (&own)[kVectors], char* (&slot)[kVectors]) {
+  const int lane = thread_index() % kWarp;
+  unsigned epoch[kVectors] = {};
+  load_row(p, p.x, row, column, own);
+  FW_UNROLL
+  for (int i = 0; i < kVectors; ++i) {
+    if (column[i] >= 0) epoch[i] = load_word(p.group.epochs + unit_of(p, row, column[i]));
+  }
+  warp_barrier();  // all lanes have read the epochs that lane 0 now raises
+  Skew::before_push(p.group.rank, row);
+  FW_UNROLL
+  for (int i = 0; i < kVectors; ++i) {
+    slot[i] = nullptr;
+    if (column[i] < 0) continue;
+    if (dead) {  // sends nothing, takes nothing, gives NaN
+      own[i] = empty_slot();
+      continue;
+    }
+    const long long unit = unit_of(p, row, column[i]);
+    const long long offset = slot_offset<kWorld>(p.group, epoch[i] & 1u, unit, lane);
+    slot[i] = p.group.slots[p.group.rank] + offset;
+    own[i] = canonical(own[i]);
+    push_to_peers<kWorld>(p.group, offset, own[i]);
+    if (lane == 0) store_word(p.group.epochs + unit, epoch[i] + 1);
+  }
+  return epoch[0] & 1u;
+}
+
+// Takes the peers' parts and adds all ranks' in rank order.
+template <class Type, int kWorld, int kVectors>
+FW_DEVICE void sum_row(const OneShotParams& p, int row, unsigned phase,
+                       char* const (&slot)[kVectors], const Words (&own)[kVectors],
+                       Floats<Type> (&total)[kVectors]) {
+  // How many vectors of all ranks are held in registers while waiting: 16 are 64 registers.
+  constexpr int kBatch = kVectors * kWorld <= 16 ? kVectors : 1;
+  FW_UNROLL
+  for (int first = 0; first < kVectors; first += kBatch) {
+    Words got[kBatch][kWorld - 1] = {};
+    take_from_peers<kWorld, kBatch>(p.group, slot + first, row, phase, got);
+    FW_UNROLL
+    for (int i = 0; i < kBatch; ++i) {
+      const Words mine = own[first + i];
+      total[first + i] = unpack<Type>(of_rank<kWorld>(0, p.group.rank, got[i], mine));
+      FW_UNROLL
+      for (int source = 1; source < kWorld; ++source) {
+        add<Type>(total[first + i], of_rank<kWorld>(source, p.group.rank, got[i], mine));
+      }
+    }
   }
 }
 
 template <class Type, int kWorld, int kVectors, int kBlocks, Output kOutput, bool kEarlyTrigger,
           class Skew = NoSkew>
 FW_DEVICE void one_shot(const OneShotParams& p, RowShared<kBlocks>& shared) {
-  // How many vectors of all ranks are held in registers while waiting: 16 are 64 registers.
-  constexpr int kBatch = kVectors * kWorld <= 16 ? kVectors : 1;
   // Four vectors per thread leave no registers for operands that are needed only after the wait.
   constexpr bool kEarlyLoads = kVectors < 4;
-  const int lane = thread_index() % kWarp;
+  constexpr bool kHasNorm = kOutput != Output::kSum;
   const int worker = block_index() / kBlocks;
   const int workers = block_count() / kBlocks;
-  const int block = block_index() % kBlocks;
-  prefetch(p.group.dead);
+  const bool has_residual = kHasNorm && p.residual != nullptr;
   int column[kVectors];
-  FW_UNROLL
-  for (int i = 0; i < kVectors; ++i) {
-    const int at = (i * kBlocks + block) * thread_count() + thread_index();
-    column[i] = at < p.row_vectors ? at : -1;
-    if (column[i] < 0) continue;
-    if (kOutput != Output::kSum) prefetch(static_cast<const char*>(p.weight) + at * kVectorBytes);
-    if (worker < p.num_tokens) {
-      prefetch(p.group.epochs + static_cast<long long>(worker) * p.row_units + at / kWarp);
-    }
-  }
+  columns_of<kVectors, kBlocks>(p, column);
+  prefetch_before_wait(p, worker, column, kHasNorm);
   if (kBlocks > 1) cluster_barrier();  // no block writes into another before that one has started
   dependency_wait();  // by every thread: what runs after this grid may then rely on its end alone
 
   const bool dead = is_dead(p.group);
   Words weight[kVectors] = {};
-  FW_UNROLL
-  for (int i = 0; i < kVectors; ++i) {
-    if (kOutput != Output::kSum && column[i] >= 0) {
-      weight[i] = load_words(static_cast<const char*>(p.weight) + column[i] * kVectorBytes);
-    }
-  }
+  if (kHasNorm) load_row(p, p.weight, 0, column, weight);
   int turn = 0;
   for (int row = worker; row < p.num_tokens; row += workers, turn ^= 1) {
-    const long long start = static_cast<long long>(row) * p.row_vectors;
     Words own[kVectors] = {};
-    unsigned epoch[kVectors] = {};
-    FW_UNROLL
-    for (int i = 0; i < kVectors; ++i) {
-      if (column[i] < 0) continue;
-      own[i] = load_words(static_cast<const char*>(p.x) + (start + column[i]) * kVectorBytes);
-      const long long unit = static_cast<long long>(row) * p.row_units + column[i] / kWarp;
-      epoch[i] = load_word(p.group.epochs + unit);
-    }
-    warp_barrier();  // all lanes have read the epochs that lane 0 now raises
-    Skew::before_push(p.group.rank, row);
     char* slot[kVectors];
-    FW_UNROLL
-    for (int i = 0; i < kVectors; ++i) {
-      slot[i] = nullptr;
-      if (column[i] < 0) continue;
-      if (dead) {  // sends nothing, takes nothing, gives NaN
-        own[i] = empty_slot();
-        continue;
-      }
-      const long long unit = static_cast<long long>(row) * p.row_units + column[i] / kWarp;
-      const long long offset = slot_offset<kWorld>(p.group, epoch[i] & 1u, unit, lane);
-      slot[i] = p.group.slots[p.group.rank] + offset;
-      own[i] = canonical(own[i]);
-      push_to_peers<kWorld>(p.group, offset, own[i]);
-      if (lane == 0) store_word(p.group.epochs + unit, epoch[i] + 1);
-    }
+    const unsigned phase = push_row<kWorld, kVectors, Skew>(p, row, column, dead, own, slot);
     if (kEarlyTrigger) dependents_launch();
-    const bool has_residual = kOutput != Output::kSum && p.residual != nullptr;
-    const char* residual_row = static_cast<const char*>(p.residual) + start * kVectorBytes;
     Words residual[kVectors] = {};
-    FW_UNROLL
-    for (int i = 0; i < kVectors; ++i) {
-      if (kEarlyLoads && has_residual && column[i] >= 0) {
-        residual[i] = load_words(residual_row + column[i] * kVectorBytes);
-      }
-    }
+    if (kEarlyLoads && has_residual) load_row(p, p.residual, row, column, residual);
     if (row < p.num_tokens - workers) prefetch_row(p, row + workers, column, has_residual);
     Skew::before_take(p.group.rank, row);
     Floats<Type> total[kVectors];
-    FW_UNROLL
-    for (int first = 0; first < kVectors; first += kBatch) {
-      Words got[kBatch][kWorld - 1] = {};
-      take_from_peers<kWorld, kBatch>(p.group, slot + first, row, epoch[first] & 1u, got);
-      FW_UNROLL
-      for (int i = 0; i < kBatch; ++i) {
-        const Words mine = own[first + i];
-        total[first + i] = unpack<Type>(of_rank<kWorld>(0, p.group.rank, got[i], mine));
-        FW_UNROLL
-        for (int source = 1; source < kWorld; ++source) {
-          add<Type>(total[first + i], of_rank<kWorld>(source, p.group.rank, got[i], mine));
-        }
-      }
-    }
+    sum_row<Type, kWorld>(p, row, phase, slot, own, total);
+    if (!kEarlyLoads && has_residual) load_row(p, p.residual, row, column, residual);
+    char* sums = static_cast<char*>(kHasNorm ? p.residual_out : p.output.out);
     FW_UNROLL
     for (int i = 0; i < kVectors; ++i) {
-      if (!kEarlyLoads && has_residual && column[i] >= 0) {
-        residual[i] = load_words(residual_row + column[i] * kVectorBytes);
-      }
       if (has_residual) add<Type>(total[i], residual[i]);
-      void* sum = kOutput == Output::kSum ? p.output.out : p.residual_out;
-      if (column[i] >= 0) {
-        store_words(static_cast<char*>(sum) + (start + column[i]) * kVectorBytes,
-                    pack<Type>(total[i]));
-      }
+      if (column[i] >= 0) store_words(sums + place_of(p, row, column[i]), pack<Type>(total[i]));
     }
-    if (kOutput != Output::kSum) {
+    if (kHasNorm) {
       write_norm<Type, kVectors, kBlocks, kOutput>(p, shared, row, turn, column, total, weight);
     }
   }

@@ -6,8 +6,8 @@
 // Memory. `push_*` and `peek_*` are relaxed accesses of system scope: they reach a peer's memory
 // through NVLink, are never served from L1, and order nothing else. A 16-byte access counts as four
 // separate 4-byte accesses in the PTX memory model (vector accesses have no order among their
-// elements), so a reader must check all four words. `load_*` and `store_*` are weak accesses of this
-// rank's own memory.
+// elements), so a reader must check all four words. `load_*` and `store_*` are weak accesses of
+// this rank's own memory.
 
 #ifndef FUSEWISE_PRIMITIVES_CUH
 #define FUSEWISE_PRIMITIVES_CUH

@@ -26,7 +26,9 @@ FW_DEVICE float warp_sum(float value) {
 }
 
 FW_DEVICE float warp_max(float value, int width) {
-  for (int mask = width / 2; mask > 0; mask /= 2) value = max_or_nan(value, shuffle_xor(value, mask));
+  for (int mask = width / 2; mask > 0; mask /= 2) {
+    value = max_or_nan(value, shuffle_xor(value, mask));
+  }
   return value;
 }
 

@@ -3,19 +3,19 @@
 // The unit. A warp handles 32 vectors of 16 bytes at a time: 512 bytes, one unit. A row fills whole
 // units (the last one may be partly used), row t has units t * units_per_row and following. Each
 // unit has its own epoch, a counter in the rank's own memory that every call using the unit raises
-// by one; all ranks make the same calls, so they agree on it without ever exchanging it. The slot of
-// a unit depends on the unit and on its epoch's parity (the phase), never on the shape of the call:
-// so calls of any shapes may follow one another.
+// by one; all ranks make the same calls, so they agree on it without ever exchanging it. The slot
+// of a unit depends on the unit and on its epoch's parity (the phase), never on the shape of the
+// call: so calls of any shapes may follow one another.
 //
 // The sentinel. An empty word of a slot holds 0xffffffff. Sent words never do: canonical() turns
 // this one pattern (a NaN in fp32, two NaNs in bf16 and fp16) into 0xfffffffe, again one or two
-// NaNs. Nothing else changes: no zero, subnormal, infinity, number or other NaN is touched. A reader
-// has a vector when none of its four words is the sentinel.
+// NaNs. Nothing else changes: no zero, subnormal, infinity, number or other NaN is touched. A
+// reader has a vector when none of its four words is the sentinel.
 //
 // Why nothing is overwritten. Rank a reads unit u of call k and puts the sentinel back (R), all
 // before its kernel of call k ends. The next store to that same slot is peer b's push of the second
-// next call that uses u, k'' (k' between them used the other phase). b starts k'' after its kernel of
-// k' ended, hence after it took a's push of u in k', which a made after its kernel of call k ended.
+// next call that uses u, k'' (k' between them used the other phase). b starts k'' after its kernel
+// of k' ended, hence after it took a's push in k', which a made after its kernel of call k ended.
 // So: R, end of a's kernel k, a's push in k', b takes it, end of b's kernel k', b's push in k''.
 // Every step is program order, the observation of a push, or the end of a kernel (for a dependent
 // launch: griddepcontrol.wait), which orders all its memory operations before the next kernel's.
@@ -82,7 +82,7 @@ FW_DEVICE long long slot_offset(const GroupParams& group, unsigned phase, long l
   return place * kUnitBytes + lane * kVectorBytes;
 }
 
-// Sends a canonical vector to every peer, the next rank first, so that no rank is everybody's first.
+// Sends a canonical vector to every peer, the next rank first: no rank is everybody's first.
 template <int kWorld>
 FW_DEVICE void push_to_peers(const GroupParams& group, long long offset, Words v) {
   FW_UNROLL
@@ -122,10 +122,10 @@ struct Patience {
   }
 };
 
-// Waits for one vector of each peer in each of kCount slots, takes them and empties the slots. Slots
-// that are null are left out. Every slot is asked before any is looked at, so that the wait costs
-// one round trip, not many. After a time-out the missing words are still the sentinel, a NaN: a dead
-// group yields no number.
+// Waits for one vector of each peer in each of kCount slots, takes them and empties the slots.
+// Slots that are null are left out. Every slot is asked before any is looked at, so that the wait
+// costs one round trip, not many. After a time-out the missing words are still the sentinel, a NaN:
+// a dead group yields no number.
 template <int kWorld, int kCount>
 FW_DEVICE void take_from_peers(const GroupParams& group, char* const* slot, int row, int phase,
                                Words (*got)[kWorld - 1]) {

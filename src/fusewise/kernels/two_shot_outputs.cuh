@@ -34,7 +34,7 @@ FW_DEVICE void write_own(const Tile<kWorld>& tile, const TwoShotShared& shared) 
   }
 }
 
-// FP8: a warp per row, over the finished sums, because rows and groups straddle the owners' columns.
+// FP8: a warp per row, over the finished sums: rows and groups straddle the owners' columns.
 template <class Type, int kWorld, Output kOutput>
 FW_DEVICE void write_fp8(const Tile<kWorld>& tile, const TwoShotShared& shared) {
   const TwoShotParams& p = tile.p;

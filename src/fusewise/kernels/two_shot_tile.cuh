@@ -1,7 +1,7 @@
 // A tile of rows in the two-shot kernel: its pieces, its slots, and what its threads share.
 //
-// Pure addressing, apart from open_tile, which reads and raises the tile's epochs. The protocol is in
-// two_shot.cuh.
+// Pure addressing, apart from open_tile, which reads and raises the tile's epochs. The protocol is
+// in two_shot.cuh.
 
 #ifndef FUSEWISE_TWO_SHOT_TILE_CUH
 #define FUSEWISE_TWO_SHOT_TILE_CUH
