@@ -14,7 +14,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+from fusewise import store
+from fusewise.backends.registry import backend_of
 from fusewise.node import gpu_count
+from fusewise.plan import derive
+from fusewise.profile import UNFUSED_SUFFIX
 
 RESULTS = Path(__file__).parent / "results"
 BATCHES = "1,8,64,96,128,256"
@@ -27,14 +31,20 @@ def fusewise(*words: str) -> str:
     return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
 
 
+def left_out(profile: str) -> list[str]:
+    """Our own kernels, and every fast unfused backend that the plan uses somewhere."""
+    measured = store.load(profile)
+    providers = {path.provider for path in measured.paths}
+    unfused = {p for p in derive(measured).paths() if p.endswith(UNFUSED_SUFFIX)}
+    fast = {backend_of(path) for path in unfused - {measured.baseline}}
+    return [*(["native"] if "native" in providers else []), *sorted(fast)]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--layers", type=int, default=16, help="of 48; the JSON says how many")
     parser.add_argument("--profile", help="a profile of this node; measured first by default")
     parser.add_argument("--steps", default="256")
-    parser.add_argument(
-        "--ablate", nargs="*", default=["nccl_symm"], help="fast unfused backends to leave out"
-    )
     arguments = parser.parse_args()
     if gpu_count() < 2:
         print("decode_h200: needs two GPUs", file=sys.stderr)
@@ -43,7 +53,7 @@ def main() -> int:
     if profile is None:
         fusewise("tune", "--tp", "2", "--hidden", "2048", "--output", str(RESULTS))
         profile = str(max(RESULTS.glob("device=*tp=2*.json"), key=lambda p: p.stat().st_mtime))
-    names = ["native", *arguments.ablate]
+    names = left_out(profile)
     table = fusewise(
         "decode", "--model", "qwen3-30b-a3b", "--layers", str(arguments.layers), "--tp", "2",
         "--batches", BATCHES, "--prefill", PREFILL, "--steps", arguments.steps,

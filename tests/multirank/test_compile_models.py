@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed.tensor import DTensor
 
 from fusewise.communicator import Communicator
 from fusewise.decode.models import build_model, shape_named
@@ -44,9 +45,16 @@ def _models(rank: int) -> dict[str, Any]:
                 "graphs": len(graphs),
                 "fused": sum(count(g, "fusewise::all_reduce_rms_norm") for g in graphs),
                 "difference": float((got - expected).abs().max()),
+                "replicated": _checksum(model),
                 "largest": float(expected.abs().max()),
             }
     return results
+
+
+def _checksum(model: Any) -> float:
+    """Of the weights that every rank holds whole."""
+    whole = (p for p in model.parameters() if not isinstance(p, DTensor))
+    return float(sum(p.double().abs().sum() for p in whole))
 
 
 @pytest.fixture(scope="module")
@@ -64,3 +72,4 @@ def test_two_sites_per_layer_and_the_same_logits(ranks: list[dict[str, Any]], na
         # bf16 keeps 8 bits; two layers of roundings in another order cost a few units of that.
         assert result["difference"] <= 2**-5 * result["largest"]
         assert result["largest"] > 0
+        assert result["replicated"] == ranks[0][name]["replicated"]

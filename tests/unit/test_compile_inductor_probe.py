@@ -105,3 +105,16 @@ def test_other_options_stay() -> None:
 def test_a_pass_and_a_profile_exclude_each_other() -> None:
     with pytest.raises(InputError, match="already has its group"):
         compile_model(lambda x: x, fusion=FusionPass("0", {}), profile="nvidia-h200-tp8")
+
+
+def test_mode_and_options_come_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``torch.compile`` itself refuses both at once."""
+    seen: dict[str, Any] = {}
+    monkeypatch.setattr(torch, "compile", lambda model, **given: seen.update(given) or model)
+    fusion = FusionPass("0", {})
+    options = {"epilogue_fusion": False}
+    compile_model(
+        lambda x: x, fusion=fusion, mode="reduce-overhead", options=options, fullgraph=True
+    )
+    assert seen["options"] == {"triton.cudagraphs": True, "epilogue_fusion": False, HOOK: fusion}
+    assert (seen["fullgraph"], "mode" in seen) == (True, False)

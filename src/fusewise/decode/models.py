@@ -6,6 +6,7 @@ it. Nothing is downloaded: shapes come from here, weights from a seeded generato
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -121,7 +122,12 @@ def build_model(
     architecture = getattr(transformers, f"{shape.family.removesuffix('Text')}ForCausalLM")
     torch.manual_seed(seed)
     split = {"distributed_config": DistributedConfig(tp_size=world_size)} if world_size > 1 else {}
-    model = architecture.from_pretrained(None, config=config, state_dict={}, dtype=dtype, **split)
+    with warnings.catch_warnings():
+        # Sharded weights may be drawn alike on all ranks, which does not matter here.
+        warnings.filterwarnings("ignore", "DTensor random operators", UserWarning)
+        model = architecture.from_pretrained(
+            None, config=config, state_dict={}, dtype=dtype, **split
+        )
     _draw_norm_weights(model, seed)
     return model.eval()
 
