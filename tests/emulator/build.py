@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 HERE = Path(__file__).parent
 KERNELS = Path(fusewise.kernels.__file__).parent
 FLAGS = ["-std=c++17", "-O1", "-fPIC", "-ffp-contract=off", "-fno-gnu-unique", "-U_FORTIFY_SOURCE",
-         "-Wno-unknown-pragmas", f"-I{HERE}", f"-I{KERNELS}"]  # fmt: skip
+         "-Wno-unknown-pragmas", f"-I{HERE}"]  # fmt: skip
 COPY = 0  # the table's first entry
 
 
@@ -57,13 +57,13 @@ def source_of(instance: Instance, number: int) -> str:
     )
 
 
-def build(instances: list[Instance], folder: Path) -> ctypes.CDLL:
+def build(instances: list[Instance], folder: Path, kernels: Path = KERNELS) -> ctypes.CDLL:
     """Compiles the instances into a library in ``folder``, unless the same one lies there.
 
     Entry ``i + 1`` of its table is ``instances[i]``. Raises CalledProcessError with the compiler's
     words if a source does not compile.
     """
-    sources = {"engine": (HERE / "engine.cpp").read_text()}
+    sources = {path.stem: path.read_text() for path in HERE.glob("*.cpp")}
     for part in range(0, len(instances), 6):
         numbered = enumerate(instances[part : part + 6], part + 1)
         sources[f"kernels_{part}"] = '#include "device.h"\n' + "".join(
@@ -74,28 +74,28 @@ def build(instances: list[Instance], folder: Path) -> ctypes.CDLL:
         [
             '#include "library.h"',
             *(f"extern const emulator::Kernel entry_{i};" for i in numbers),
-            'const emulator::Kernel copy{copy_words, sizeof(CopyParams), nullptr, nullptr};',
+            "const emulator::Kernel copy{copy_words, sizeof(CopyParams), nullptr, nullptr};",
             f"const emulator::Kernel* const kKernels[] = {{&copy, "
             f"{', '.join(f'&entry_{i}' for i in numbers)}}};\n",
         ]
     )
-    library = folder / f"emulator-{_digest(sources)}.so"
+    library = folder / f"emulator-{_digest(sources, kernels)}.so"
     if not library.exists():
-        _compile(sources, folder, library)
+        _compile(sources, folder, library, kernels)
     return ctypes.CDLL(str(library))
 
 
-def _digest(sources: dict[str, str]) -> str:
-    included = sorted([*HERE.glob("*.h"), *KERNELS.glob("*.cu"), *KERNELS.glob("*.cuh")])
+def _digest(sources: dict[str, str], kernels: Path) -> str:
+    included = sorted([*HERE.glob("*.h"), *kernels.glob("*.cu"), *kernels.glob("*.cuh")])
     texts = [*sources.values(), *(path.read_text() for path in included), *FLAGS]
     return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:16]
 
 
-def _compile(sources: dict[str, str], folder: Path, library: Path) -> None:
+def _compile(sources: dict[str, str], folder: Path, library: Path, kernels: Path) -> None:
     def one(name: str) -> str:
         source, target = folder / f"{name}.cpp", folder / f"{name}.o"
         source.write_text(sources[name])
-        _run(["g++", *FLAGS, "-c", str(source), "-o", str(target)])
+        _run(["g++", *FLAGS, f"-I{kernels}", "-c", str(source), "-o", str(target)])
         return str(target)
 
     with ThreadPoolExecutor(2) as pool:

@@ -52,7 +52,8 @@ struct Block {
   Launch* launch;
   int index;
   int running;  // threads that have not ended
-  bool triggered = false;
+  bool begun = false, triggered = false;
+  long asleep_until = 0;
   std::vector<char> shared;  // while another block's variables are in place
   Meeting barrier;
   Meeting* cluster_barrier;
@@ -65,6 +66,7 @@ struct Fiber {
   Block* block = nullptr;
   int rank = 0, thread = 0, shuffles = 0;
   bool runnable = false, ended = true, listed = false, begun = false, resting = false;
+  long asleep_until = 0;
   std::vector<std::pair<const char*, Bytes16>> polled;  // what it last saw there
   std::vector<Store> stores;
   std::unique_ptr<char[]> stack;
@@ -147,6 +149,7 @@ class Engine {
   void to_scheduler();
   void resume(Fiber* fiber);
   void pick_and_run();
+  bool sleeps(Fiber* fiber);
   void wake(Fiber* fiber);
   void revive();
   void load_shared(Block* block);

@@ -56,7 +56,9 @@ class Call:
         total = self.x[0].float()
         for x in self.x[1:]:
             total = total + x.float()
-        return total if self.residual is None or not self.fused else total + self.residual[0].float()
+        return (
+            total if self.residual is None or not self.fused else total + self.residual[0].float()
+        )
 
     def norm(self) -> Tensor:
         """The norm in float64."""
