@@ -10,13 +10,14 @@ from typing import Any
 import pytest
 import torch
 
-from fusewise.bands import Band, Plan, Table, default_plan
-from fusewise.integrations import vllm_full
+from fusewise.bands import Band, Plan, Table
+from fusewise.errors import DisagreementError
+from fusewise.integrations import vllm_worker
 from fusewise.integrations.vllm_full import Router
 from fusewise.kernels.norm import residual_rms_norm
 from fusewise.node import Fingerprint
-from fusewise.plan import derive
 from fusewise.profile import PathRecord, Profile, Provenance, Sample
+from fusewise.shape import Shape
 
 KIB, MIB = 2**10, 2**20
 HIDDEN = 64
@@ -43,10 +44,14 @@ def plan() -> Plan:
 
 
 class Ours:
-    """Two ranks with equal tensors, without any rank."""
+    """A native kernel for two ranks with equal tensors, without any rank."""
 
-    def __init__(self) -> None:
+    def __init__(self, most_tokens: int = 1024) -> None:
         self.calls: list[str] = []
+        self.most_tokens = most_tokens
+
+    def admits(self, shape: Shape) -> str | None:
+        return "too long" if shape.num_tokens > self.most_tokens else None
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         self.calls.append("all_reduce")
@@ -55,8 +60,19 @@ class Ours:
     def all_reduce_rms_norm(
         self, x: Any, residual: Any, weight: Any, eps: float, bias: float
     ) -> Any:
-        self.calls.append("all_reduce_rms_norm")
+        self.calls.append("copied")
         return residual_rms_norm(x * 2, residual, weight, eps, bias)
+
+    def all_reduce_rms_norm_into(
+        self, norm: Any, total: Any, x: Any, residual: Any, weight: Any, eps: float, bias: float
+    ) -> None:
+        self.calls.append("in place")
+        results = residual_rms_norm(x * 2, residual, weight, eps, bias)
+        norm.copy_(results[0])
+        total.copy_(results[1])
+
+    def close(self) -> None:
+        self.calls.append("close")
 
 
 class World:
@@ -64,7 +80,8 @@ class World:
         self.ours = Ours()
         self.originals: list[dict[str, Any]] = []
         self.plains: list[torch.Tensor] = []
-        self.router = Router(self.ours, plan(), self.plain, PATTERN)  # type: ignore[arg-type]
+        native: Any = {"native.one_shot": self.ours}
+        self.router = Router(native, plan(), self.plain, PATTERN)
 
     def plain(self, x: torch.Tensor) -> torch.Tensor:
         self.plains.append(x)
@@ -124,7 +141,7 @@ def tp2_profile(native: bool) -> Profile:
 
 
 class Worker:
-    """What ``install`` meets in a worker: vLLM's communicator, FlashInfer, our communicator."""
+    """What ``install`` meets in a worker: vLLM's communicator, FlashInfer, and one rank of ours."""
 
     def __init__(
         self,
@@ -133,10 +150,11 @@ class Worker:
         *,
         version: str = "0.22.1",
         builds: bool = True,
+        agrees: bool = True,
     ) -> None:
-        self.builds = builds
-        self.agreed: list[str] = []
-        self.built: list[Any] = []
+        self.builds, self.agrees = builds, agrees
+        self.asked: list[tuple[str, Shape]] = []
+        self.ours = Ours()
         self.comm = types.ModuleType("flashinfer.comm")
         self.comm.allreduce_fusion = lambda **kwargs: "flashinfer"  # type: ignore[attr-defined]
         self.comm.AllReduceFusionPattern = SimpleNamespace(  # type: ignore[attr-defined]
@@ -146,13 +164,15 @@ class Worker:
         package.comm = self.comm  # type: ignore[attr-defined]
         monkeypatch.setitem(sys.modules, "flashinfer", package)
         monkeypatch.setitem(sys.modules, "flashinfer.comm", self.comm)
-        monkeypatch.setattr(vllm_full, "missing", lambda seams: [])
+        monkeypatch.setattr(vllm_worker, "missing", lambda seams: [])
         monkeypatch.setattr("importlib.metadata.version", lambda name: version)
         node = tp2_profile(native=True).fingerprint
-        monkeypatch.setattr("fusewise.node.probe", lambda world_size: node)
         found = SimpleNamespace(profile=profile)
-        monkeypatch.setattr("fusewise.store.find_profile", lambda node, dtype: found)
-        monkeypatch.setattr("fusewise.communicator.Communicator", self.build)
+        monkeypatch.setattr(vllm_worker, "find_profile", lambda node, dtype: found)
+        group = SimpleNamespace(rank=0, agree=self.agree)
+        monkeypatch.setattr("fusewise.group.Group", lambda process_group: group)
+        monkeypatch.setattr("fusewise.agreement.fingerprint_of", lambda group: node)
+        monkeypatch.setattr("fusewise.agreement.build_backend", self.build)
         self.vllm = SimpleNamespace(
             unique_name="tp:0",
             world_size=2,
@@ -161,16 +181,13 @@ class Worker:
             fi_ar_comm=SimpleNamespace(disabled=False),
         )
 
-    def build(self, group: Any, profile: Profile, **sizes: int) -> Any:
-        self.built.append((group, profile, sizes))
-        ours: Any = Ours()
-        agree = lambda phase, value: self.agreed.append(value)  # noqa: E731
-        ours.group = SimpleNamespace(rank=0, agree=agree)
-        plan = derive(profile) if self.builds else default_plan("bfloat16", "nccl + rms_norm")
-        ours.plans = {"bfloat16": plan}
-        ours.close = lambda: ours.calls.append("close")
-        self.ours = ours
-        return ours
+    def agree(self, phase: str, value: Any) -> None:
+        if not self.agrees:
+            raise DisagreementError(f"ranks disagree at {phase!r}")
+
+    def build(self, path: str, group: Any, node: Fingerprint, largest: Shape) -> Any:
+        self.asked.append((path, largest))
+        return (self.ours, "") if self.builds else (None, "no compiler")
 
     def config(self, mark: dict[str, Any] | None) -> Any:
         passes = SimpleNamespace() if mark is None else SimpleNamespace(_fusewise=mark)

@@ -27,31 +27,13 @@ def _plan() -> Plan:
     return Plan("bfloat16", "flashinfer.one_shot", (table,), "test")
 
 
-def _native_profile(world_size: int) -> Any:
-    """A profile of this node by which a communicator builds the native kernel."""
-    from fusewise.node import probe
-    from fusewise.profile import PathRecord, Profile, Provenance, Sample
-
-    head = Provenance(origin="measured", source="test", created="2026-01-01", fusewise="0")
-    shape = {"num_tokens": 1, "hidden_size": HIDDEN, "times_us": (1.0,)}
-    far = {**shape, "num_tokens": 4096}
-    return Profile(
-        provenance=head,
-        fingerprint=probe(world_size),
-        dtype="bfloat16",
-        baseline="nccl + rms_norm",
-        paths=(PathRecord(name="native.one_shot", provider="native", fused=True),),
-        samples=(
-            Sample(path="native.one_shot", **shape), Sample(path="native.one_shot", **far),
-        ),
-    )  # fmt: skip
-
-
 def _route(rank: int, num_tokens: int) -> list[Any]:
     import torch.distributed as dist
 
-    from fusewise.communicator import Communicator
+    from fusewise.agreement import build_backend, fingerprint_of
+    from fusewise.group import Group
     from fusewise.integrations.vllm_full import Router
+    from fusewise.shape import Shape
 
     def plain(x: torch.Tensor) -> torch.Tensor:
         total = x.clone()
@@ -67,25 +49,30 @@ def _route(rank: int, num_tokens: int) -> list[Any]:
         .to(device, torch.bfloat16) for seed in (rank, 7, 0, 1)
     ]  # fmt: skip
     weight = torch.linspace(0.5, 1.5, HIDDEN, device=device, dtype=torch.bfloat16)
-    with Communicator(profile=_native_profile(2), max_hidden_size=HIDDEN) as communicator:
-        router = Router(communicator, _plan(), plain, PATTERN)
-        x, residual = inputs[0].clone(), inputs[1].clone()
-        call = {
-            "input": x, "norm_out": x, "residual_in": residual, "residual_out": residual,
-            "rms_gamma": weight, "rms_eps": EPS, "pattern": PATTERN, "quant_out": None,
-        }  # fmt: skip
+    group = Group()
+    largest = Shape(512, HIDDEN)
+    kernel, failed = build_backend("native.one_shot", group, fingerprint_of(group), largest)
+    assert kernel is not None, failed
+    native: Any = {"native.one_shot": kernel}
+    router = Router(native, _plan(), plain, PATTERN)
+    x, residual = inputs[0].clone(), inputs[1].clone()
+    call = {
+        "input": x, "norm_out": x, "residual_in": residual, "residual_out": residual,
+        "rms_gamma": weight, "rms_eps": EPS, "pattern": PATTERN, "quant_out": None,
+    }  # fmt: skip
+    router.fused(refuse, **call)
+    eager = x.clone(), residual.clone()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
         router.fused(refuse, **call)
-        eager = x.clone(), residual.clone()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            router.fused(refuse, **call)
-        for _ in range(3):
-            x.copy_(inputs[0])
-            residual.copy_(inputs[1])
-            graph.replay()
-        torch.cuda.synchronize()
-        same = torch.equal(x, eager[0]) and torch.equal(residual, eager[1])
-        dist.barrier()
+    for _ in range(3):
+        x.copy_(inputs[0])
+        residual.copy_(inputs[1])
+        graph.replay()
+    torch.cuda.synchronize()
+    same = torch.equal(x, eager[0]) and torch.equal(residual, eager[1])
+    group.barrier("replayed")
+    kernel.close()
     total = (inputs[2].double() + inputs[3].double() + inputs[1].double()).cpu()
     norm = total * (total.square().mean(-1, keepdim=True) + EPS).rsqrt() * weight.double().cpu()
     errors = [_error(eager[0], norm), _error(eager[1], total)]

@@ -127,3 +127,30 @@ def test_full_cap_stays_within_flashinfers_workspace() -> None:
     )
     settings = VllmSettings(version="0.22.1", sm=90, world_size=8, multicast=False)
     assert full_cap(eight, settings, 2048) == 8 * MIB
+
+
+def test_shapes_our_kernel_refuses_go_to_the_original(world: World) -> None:
+    world.ours.most_tokens = 16
+    world.router.fused(world.original, **fused_call(16))
+    world.router.fused(world.original, **fused_call(17))
+    assert (world.ours.calls, len(world.originals)) == (["in place"], 1)
+    large = torch.ones(17, HIDDEN, dtype=torch.bfloat16)
+    assert torch.equal(world.router.all_reduce(large), large * 2)
+    assert len(world.plains) == 1
+
+
+@pytest.mark.parametrize("name", ["input", "residual_in", "rms_gamma"])
+def test_a_misaligned_tensor_costs_a_copy_and_not_the_kernel(world: World, name: str) -> None:
+    """Ranks may differ in it, so it must not change what they run."""
+    call, aligned = fused_call(16), fused_call(16)
+    room = torch.empty(call[name].numel() + 1, dtype=torch.bfloat16)
+    moved = room[1:].view(call[name].shape)
+    moved.copy_(call[name])
+    assert moved.data_ptr() % 16
+    replaced = call[name]
+    call = {key: moved if value is replaced else value for key, value in call.items()}
+    world.router.fused(world.original, **call)
+    world.router.fused(world.original, **aligned)
+    assert world.ours.calls == ["copied", "in place"]
+    assert torch.equal(call["norm_out"], aligned["norm_out"])
+    assert torch.equal(call["residual_out"], aligned["residual_out"])

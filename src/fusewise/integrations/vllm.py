@@ -51,14 +51,14 @@ def _prepare(mode: str) -> str | None:
 
 def _around_communicator_init(original: Any, communicator: Any, *args: Any, **kwargs: Any) -> None:
     """In a worker: the table before vLLM's all-reduces are built, our kernels after."""
-    from fusewise.integrations import vllm_cap, vllm_full
+    from fusewise.integrations import vllm_cap, vllm_worker
 
     config = _guarded(_current_config)
     if config is not None:
         _guarded(vllm_cap.lower_table, config)
     original(communicator, *args, **kwargs)
     if config is not None:
-        _guarded(vllm_full.install, communicator, config)
+        _guarded(vllm_worker.install, communicator, config)
 
 
 def _guarded(step: Any, *args: Any) -> Any:
