@@ -8,7 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fusewise.kernels.protocol import MUTATIONS, Call, Layout, Programme, build, encode
+from fusewise.kernels.protocol import MUTATIONS, UNIT_WORDS, Call, Layout, Programme, build, encode
 from fusewise.kernels.protocol_machine import run
 
 
@@ -101,17 +101,18 @@ def test_a_dead_rank_is_reported_and_nobody_waits_for_ever(
     assert all(missing.source != missing.rank for missing in outcome.missing)
 
 
-def test_a_report_names_rank_row_phase_and_source() -> None:
+def test_a_report_names_rank_unit_phase_and_source() -> None:
     programme = build(2, [one_shot(1, 2), one_shot(2, 2)], workers=1)
     start_push_take_end = len(programme.steps[1]) // 3
     killed = programme.killed(1, [start_push_take_end])  # after its first call
     (missing,) = run(killed, random.Random(0), poll_bound=30).missing
-    assert (missing.rank, missing.row, missing.phase, missing.source) == (0, 0, 0, 1)
+    assert (missing.rank, missing.unit, missing.phase, missing.source) == (0, 0, 0, 1)
 
 
 MIXES = [
     (one_shot(2, 4), one_shot(1, 2), one_shot(2, 4), one_shot(2, 2)),
     (two_shot(2, 4), one_shot(1, 2), two_shot(1, 4), two_shot(2, 4)),
+    (one_shot(1, 4), one_shot(2, 4), one_shot(1, 8), one_shot(2, 2)),
 ]
 
 
@@ -135,19 +136,17 @@ def test_what_is_sent_is_never_the_sentinel() -> None:
 
 
 @settings(max_examples=30, deadline=None)
-@given(st.integers(2, 8), st.integers(1, 5), st.integers(1, 4), st.data())
+@given(st.integers(2, 8), st.integers(1, 5), st.data())
 def test_slots_are_disjoint_and_know_their_owner(
-    world_size: int, rows: int, words: int, data: st.DataObject
+    world_size: int, units: int, data: st.DataObject
 ) -> None:
-    layout = Layout(world_size, rows, 2 * words)
+    layout = Layout(world_size, units)
     taken: set[int] = set()
-    for stage, width in ((0, 2 * words), (1, 2 * words), (2, 2)):
-        for phase, row, source in [
-            (p, r, s) for p in range(2) for r in range(rows) for s in range(world_size)
-        ]:
-            first = layout.slot(stage, 1, phase, row, source)
+    for phase, width in ((0, UNIT_WORDS), (1, UNIT_WORDS), (2, UNIT_WORDS), (3, 1)):
+        for unit, source in [(u, s) for u in range(units) for s in range(world_size)]:
+            first = layout.slot(1, phase, unit, source)
             span = set(range(first, first + width))
             assert not span & taken
             taken |= span
-            assert layout.owner(data.draw(st.sampled_from(sorted(span)))) == (row, phase, source)
+            assert layout.owner(data.draw(st.sampled_from(sorted(span)))) == (unit, phase, source)
     assert (min(taken), max(taken)) == (layout.rank_words, 2 * layout.rank_words - 1)

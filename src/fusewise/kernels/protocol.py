@@ -4,14 +4,13 @@ What every worker (CTA) of every rank stores, polls and restores, in which order
 runs on a GPU, moves tensors or knows a clock. `protocol_machine` executes these programmes under
 random schedules and checks the argument below.
 
-**What moves.** Every rank owns a buffer that its peers write into. A slot of it belongs to one
-(phase, row, source) and is as wide as the widest row. A rank stores its row into its slot at
-every peer (*push*), then polls its own buffer until each word differs from the sentinel, and
-puts the sentinel back right after reading (*restore*). Each row counts its own epochs, one per
-call that has this row; the phase is the epoch modulo two. One-shot pushes whole rows. Two-shot
-pushes to each owner that owner's columns; the owner pushes the reduced columns and one 8-byte
-word {partial Σr², epoch} to all. That word is told from an old one by its epoch and needs no
-restore.
+**What moves.** Every rank owns a buffer that its peers write into. Rows fill whole *units* (the
+kernels': 512 bytes); a slot belongs to one (phase, unit, source). A rank stores its row into its
+slots at every peer (*push*), then polls its own buffer until each word differs from the sentinel,
+and puts the sentinel back right after reading (*restore*). Each unit counts its own epochs, one
+per call that uses it; the phase is the epoch modulo two. One-shot pushes whole rows. Two-shot
+pushes to each owner that owner's columns; the owner pushes the reduced columns and, per row, the
+partial Σr² to all, into slots of a single phase.
 
 **What is assumed of the machine**, and nothing beyond it: an aligned word arrives whole; stores
 to different words may become visible in any order, also within one 16-byte vector, and as late
@@ -25,25 +24,28 @@ so a word that differs from the sentinel was stored by the push of this very epo
 each word looked at by itself (vectors arrive in pieces) and data that never equal the sentinel
 (`encode`: the sentinel is one NaN pattern, and a NaN of that pattern is sent as another).
 
-**Why two phases suffice.** Let A push epoch e+2 of a row, into the slot that held its epoch e at
+**Why two phases suffice.** Let A push epoch e+2 of a unit, into the slot that held its epoch e at
 B. Each arrow is "happens before"::
 
     B reads and restores A's words of e  ->  B's kernel of e ends      (1: own memory, drained)
-      ->  B's kernel of e+1 pushes this row  ->  A sees a word of it   (2: the data are the flag)
+      ->  B's kernel of e+1 pushes this unit ->  A sees a word of it   (2: the data are the flag)
       ->  A's kernel of e+1 ends  ->  A's kernel of e+2 pushes         (3: stream order)
 
 So the restore lands before the push that reuses the slot. With one phase A's push of e+1 would
 overtake (1), having seen nothing of B that follows it. Pushing before the dependency wait breaks
-(3); leaving a restore undrained breaks (1).
+(3); leaving a restore undrained breaks (1). Reduced columns and partial sums need one phase only:
+an owner sends them after it took the scatter of the same call from all ranks, each of which sent
+that after (1).
 
-**Why an address may not depend on the call's shape.** The chain holds per row and phase. A peer
-one call ahead pushes while this rank still holds unread words of the call before; if the strides
-followed the number of tokens or the hidden size, one row's words would land on another's. With
-fixed strides calls of any shape, and of both strategies, may follow each other.
+**Why neither address nor epoch may depend on the call's shape.** The chain holds per unit and
+phase. A peer one call ahead pushes while this rank still holds unread words of the call before; if
+the strides followed the number of tokens, or epochs were counted per row while a row's units
+follow the hidden size, one call's words would land on another's. With fixed units calls of any
+shape, and of both strategies, may follow each other.
 
 **Why it ends.** Every worker pushes all its rows before it polls any, so nothing a peer waits for
 stands behind a wait. A peer that died is found by the bound on polling: the waiting rank reports
-(rank, row, phase, source), stops, and pushes nothing more, so every other rank ends likewise.
+(rank, unit, phase, source), stops, and pushes nothing more, so every other rank ends likewise.
 """
 
 from __future__ import annotations
@@ -59,23 +61,25 @@ Strategy = Literal["one_shot", "two_shot"]
 Mutation = Literal[
     "one_phase",  # epoch e+1 goes into the slots of e
     "shape_dependent_slots",  # strides follow the call instead of the workspace
+    "epoch_per_row",  # rows count epochs, though their units depend on the call's width
     "last_word_only",  # a vector counts as arrived when its last word has
     "late_restore",  # restores may land after the next kernel's pushes
     "lost_restore",  # the last word of a vector is not restored
     "raw_sentinel",  # data equal to the sentinel are sent as they are
     "push_before_wait",  # pushes precede the dependency wait
     "poll_before_push",  # a worker polls its rows before it pushes them
-    "torn_partial",  # the partial sum and its epoch travel as two words
+    "early_gather",  # reduced columns leave before all of the scatter was taken
 ]
 MUTATIONS: tuple[Mutation, ...] = get_args(Mutation)
 
 SENTINEL = 0
 SUBSTITUTE = 1  # what `encode` sends for data equal to the sentinel
 VECTOR_WORDS = 2  # the kernels' vectors have four words; two are enough to arrive in halves
-VALUE_BITS = 20  # stores are packed as address, old and new value; the machine unpacks them
+UNIT_WORDS = 4  # 128 in the kernels; four can be used in part, too
+VALUE_BITS = 24  # stores are packed as address, old and new value; the machine unpacks them
 
-STORE, RESTORE, POLL, LOAD, MATCH, START, END = range(7)
-_DATA, _REDUCED, _PARTIAL = range(3)
+STORE, RESTORE, POLL, LOAD, START, END = range(6)
+_REDUCED, _PARTIAL = 2, 3  # phases of slots that have only one
 
 
 @dataclass(frozen=True)
@@ -89,14 +93,19 @@ class Call:
     num_tokens: int
     words: int
 
+    def units_per_row(self, world_size: int) -> int:
+        """Units that a row begins; two-shot: that one owner's columns of a row begin."""
+        width = self.words // (world_size if self.strategy == "two_shot" else 1)
+        return -(-width // UNIT_WORDS)
+
 
 class Step(NamedTuple):
     """One instruction.
 
     ``STORE`` and ``RESTORE`` put the packed store ``value`` in flight; ``POLL`` waits until the
     word at ``address`` differs from the sentinel and must then find ``value``; ``LOAD`` must find
-    it at once; ``MATCH`` waits for it; ``START`` waits until ``value`` workers of the rank have
-    passed ``END`` and the rank's restores have landed.
+    it at once; ``START`` waits until ``value`` workers of the rank have passed ``END`` and the
+    rank's restores have landed.
     """
 
     kind: int
@@ -109,36 +118,27 @@ class Layout:
     """Word addresses of N buffers of one size, rank after rank."""
 
     world_size: int
-    rows: int
-    slot_words: int
-
-    @property
-    def region_words(self) -> int:
-        """Words of the slots of one stage (pushed, reduced)."""
-        return 2 * self.rows * self.world_size * self.slot_words
+    units: int
 
     @property
     def rank_words(self) -> int:
-        """Words of one rank's buffer: pushed slots, reduced slots, {epoch, partial} pairs."""
-        return 2 * self.region_words + 4 * self.rows * self.world_size
+        """Words of one rank's buffer: two phases of pushed slots, reduced slots, partial sums."""
+        return self.units * self.world_size * (3 * UNIT_WORDS + 1)
 
-    def slot(self, stage: int, rank: int, phase: int, row: int, source: int) -> int:
-        """Address of the first word of a slot in the buffer of ``rank``."""
-        base = rank * self.rank_words + stage * self.region_words
-        return base + self.offset(stage, phase, row, source)
+    def slot(self, rank: int, phase: int, unit: int, source: int) -> int:
+        """Address of the first word of a slot in the buffer of ``rank``.
 
-    def offset(self, stage: int, phase: int, row: int, source: int) -> int:
-        """Words from the start of the stage's region to a slot."""
-        index = (phase * self.rows + row) * self.world_size + source
-        return index * (2 if stage == _PARTIAL else self.slot_words)
+        Phases 0 and 1 hold what is pushed, 2 reduced columns, 3 partial sums (``unit``: the row).
+        """
+        width = 1 if phase == _PARTIAL else UNIT_WORDS
+        region = phase * self.units * self.world_size * UNIT_WORDS
+        return rank * self.rank_words + region + (unit * self.world_size + source) * width
 
     def owner(self, address: int) -> tuple[int, int, int]:
-        """(row, phase, source) of a word."""
-        stage, inner = divmod(address % self.rank_words, self.region_words)
-        index = inner // (2 if stage == _PARTIAL else self.slot_words)
-        index, source = divmod(index, self.world_size)
-        phase, row = divmod(index, self.rows)
-        return row, phase, source
+        """(unit, phase, source) of a word."""
+        phase, inner = divmod(address % self.rank_words, self.units * self.world_size * UNIT_WORDS)
+        unit, source = divmod(inner // (1 if phase == _PARTIAL else UNIT_WORDS), self.world_size)
+        return unit, phase, source
 
 
 @dataclass(frozen=True)
@@ -168,21 +168,20 @@ def build(
     world_size: int, calls: Sequence[Call], workers: int = 2, mutation: Mutation | None = None
 ) -> Programme:
     """The programme of ``calls`` on ``world_size`` ranks with ``workers`` workers each."""
-    layout = Layout(world_size, max(c.num_tokens for c in calls), max(c.words for c in calls))
+    layout = Layout(world_size, max(c.num_tokens * c.units_per_row(world_size) for c in calls))
     steps: list[list[Step]] = [[] for _ in range(world_size * workers)]
-    epochs: Counter[int] = Counter()
-    last_two_shot: dict[tuple[int, int], int] = {}  # (row, phase) -> number of the call
+    epochs: Counter[int] = Counter()  # of units
+    row_epochs: Counter[int] = Counter()
     for number, call in enumerate(calls):
-        epochs.update(range(call.num_tokens))
-        writer = _Writer(layout, number, call, dict(epochs), dict(last_two_shot), mutation)
+        epochs.update(range(call.num_tokens * call.units_per_row(world_size)))
+        row_epochs.update(range(call.num_tokens))
+        writer = _Writer(layout, number, call, dict(epochs), dict(row_epochs), mutation)
         for rank in range(world_size):
             for worker in range(workers):
                 # Which worker gets a row differs from rank to rank and from call to call.
                 rows = range((worker - number * rank) % workers, call.num_tokens, workers)
                 written = writer.kernel(rank, rows, arrivals=number * workers)
                 steps[rank * workers + worker] += written
-        if call.strategy == "two_shot":
-            last_two_shot |= {(r, writer.phase(r)): number for r in range(call.num_tokens)}
     return Programme(layout, workers, tuple(map(tuple, steps)), mutation != "late_restore")
 
 
@@ -194,18 +193,19 @@ class _Writer:
     number: int
     call: Call
     epochs: dict[int, int]
-    last_two_shot: dict[tuple[int, int], int]
+    row_epochs: dict[int, int]
     mutation: Mutation | None
 
     def kernel(self, rank: int, rows: Sequence[int], arrivals: int) -> list[Step]:
         """One worker's kernel: wait for the one before, sweep its rows, arrive."""
         start, end = Step(START, 0, arrivals), Step(END, 0, 0)
         first, *sweeps = self.sweeps(rank, rows)
+        rest = [step for sweep in sweeps for step in sweep]
         if self.mutation == "push_before_wait":
-            return [*first, start, *(s for sweep in sweeps for s in sweep), end]
+            return [*first, start, *rest, end]
         if self.mutation == "poll_before_push":
-            return [start, *(s for sweep in sweeps for s in sweep), *first, end]
-        return [start, *first, *(s for sweep in sweeps for s in sweep), end]
+            return [start, *rest, *first, end]
+        return [start, *first, *rest, end]
 
     def sweeps(self, rank: int, rows: Sequence[int]) -> list[list[Step]]:
         """Push everything; then poll. Two-shot: then push what was reduced; then poll that."""
@@ -213,90 +213,77 @@ class _Writer:
         if self.call.strategy == "one_shot":
             whole = range(self.call.words)
             return [
-                [s for row in rows for p in peers for s in self.push(_DATA, rank, p, row, whole)],
-                [s for row in rows for p in peers for s in self.take(_DATA, rank, p, row, whole)],
+                [s for row in rows for p in peers for s in self.push(rank, p, row, whole)],
+                [s for row in rows for p in peers for s in self.take(rank, p, row, whole)],
             ]
-        shards = [self.shard(owner) for owner in range(self.layout.world_size)]
-        own = shards[rank]
+        width = self.call.words // self.layout.world_size
+        columns = range(width)  # of each owner; slots and words count them from its first
         scatter: list[Step] = []
         reduce: list[Step] = []
         gather: list[Step] = []
         for row in rows:
+            taken: list[Step] = []
+            sent: list[Step] = []
             for peer in peers:
-                scatter += self.push(_DATA, rank, peer, row, shards[peer])
-                reduce += self.take(_DATA, rank, peer, row, own)
-                gather += self.take(_REDUCED, rank, peer, row, shards[peer])
-                gather += self.take_partial(rank, peer, row)
-            for peer in peers:
-                reduce += self.push(_REDUCED, rank, peer, row, own)
-                reduce += self.push_partial(rank, peer, row)
+                scatter += self.push(rank, peer, row, columns)
+                taken += self.take(rank, peer, row, columns)
+                sent += self.push(rank, peer, row, columns, _REDUCED)
+                sent += self.push(rank, peer, row, range(1), _PARTIAL)
+                gather += self.take(rank, peer, row, columns, _REDUCED)
+                gather += self.take(rank, peer, row, range(1), _PARTIAL)
+            reduce += sent + taken if self.mutation == "early_gather" else taken + sent
         return [scatter, reduce, gather]
 
     def push(
-        self, stage: int, source: int, target: int, row: int, columns: range
+        self, source: int, target: int, row: int, columns: range, phase: int | None = None
     ) -> Iterable[Step]:
-        """``source`` stores its words into its slot at ``target``."""
-        at = self.address(stage, target, row, source) - columns[0]
+        """``source`` stores its words into its slots at ``target``."""
         for column in columns:
-            word = self.word(stage, source, row, column)
-            yield self.store(STORE, at + column, SENTINEL, encode(word, self.mutation))
+            at = self.address(target, row, source, column, phase)
+            word = encode(self.word(source, row, column, phase), self.mutation)
+            yield self.store(STORE, at, SENTINEL, word)
 
-    def take(self, stage: int, rank: int, source: int, row: int, columns: range) -> Iterable[Step]:
-        """``rank`` polls the slot of ``source`` in its own buffer, vector by vector."""
-        at = self.address(stage, rank, row, source) - columns[0]
+    def take(
+        self, rank: int, source: int, row: int, columns: range, phase: int | None = None
+    ) -> Iterable[Step]:
+        """``rank`` polls the slots of ``source`` in its own buffer, vector by vector."""
+        words = [
+            (
+                self.address(rank, row, source, column, phase),
+                encode(self.word(source, row, column, phase)),
+            )
+            for column in columns
+        ]
         for first in columns[::VECTOR_WORDS]:
-            vector = [(at + c, encode(self.word(stage, source, row, c)))
-                      for c in range(first, first + VECTOR_WORDS)]  # fmt: skip
+            vector = words[first : first + VECTOR_WORDS]
             polled = vector[-1:] if self.mutation == "last_word_only" else vector
             yield from (Step(POLL, *word) for word in polled)
             yield from (Step(LOAD, *word) for word in vector if word not in polled)
             restored = vector[:-1] if self.mutation == "lost_restore" else vector
             yield from (self.store(RESTORE, a, word, SENTINEL) for a, word in restored)
 
-    def push_partial(self, source: int, target: int, row: int) -> Iterable[Step]:
-        """One 8-byte store: the partial sum and the epoch cannot be seen apart."""
-        at = self.address(_PARTIAL, target, row, source)
-        before = self.last_two_shot.get((row, self.phase(row)))
-        for half in range(2 if self.mutation == "torn_partial" else 1):
-            old = 0 if before is None else self.tag(_PARTIAL, source, row, half, before)
-            yield self.store(STORE, at + half, old, self.tag(_PARTIAL, source, row, half))
+    def address(self, rank: int, row: int, source: int, column: int, phase: int | None) -> int:
+        """Where ``rank`` receives a word; ``phase`` None: the one that the epoch says."""
+        if phase == _PARTIAL:
+            return self.layout.slot(rank, phase, row, source)
+        unit = row * self.call.units_per_row(self.layout.world_size) + column // UNIT_WORDS
+        if phase is None:
+            epoch = self.row_epochs[row] if self.mutation == "epoch_per_row" else self.epochs[unit]
+            phase = 0 if self.mutation == "one_phase" else epoch % 2
+        place = self.layout.slot(rank, phase, unit, source)
+        if self.mutation == "shape_dependent_slots" and phase == 1:
+            used = self.call.num_tokens * self.call.units_per_row(self.layout.world_size)
+            place -= (self.layout.units - used) * self.layout.world_size * UNIT_WORDS
+        return place + column % UNIT_WORDS
 
-    def take_partial(self, rank: int, source: int, row: int) -> Iterable[Step]:
-        """Waits for this epoch's word; nothing to restore."""
-        at = self.address(_PARTIAL, rank, row, source)
-        yield Step(MATCH, at, self.tag(_PARTIAL, source, row, 0))
-        if self.mutation == "torn_partial":
-            yield Step(LOAD, at + 1, self.tag(_PARTIAL, source, row, 1))
-
-    def address(self, stage: int, rank: int, row: int, source: int) -> int:
-        strides = self.layout
-        if self.mutation == "shape_dependent_slots":
-            strides = replace(strides, rows=self.call.num_tokens, slot_words=self.call.words)
-        region = self.layout.slot(stage, rank, 0, 0, 0)
-        return region + strides.offset(stage, self.phase(row), row, source)
-
-    def phase(self, row: int) -> int:
-        return 0 if self.mutation == "one_phase" else self.epochs[row] % 2
-
-    def shard(self, owner: int) -> range:
-        width = self.call.words // self.layout.world_size
-        return range(owner * width, (owner + 1) * width)
-
-    def word(self, stage: int, source: int, row: int, column: int) -> int:
+    def word(self, source: int, row: int, column: int, phase: int | None) -> int:
         """The data: every word of a run is different, but each fifth equals the sentinel."""
-        tag = self.tag(stage, source, row, column)
-        return SENTINEL if tag % 5 == 0 else tag
-
-    def tag(self, stage: int, source: int, row: int, column: int, number: int | None = None) -> int:
-        """A number that no other word of the run has; above the substitute."""
-        index = (self.number if number is None else number) * 3 + stage
-        for digit, base in (
-            (source, self.layout.world_size),
-            (row, self.layout.rows),
-            (column, self.layout.slot_words),
-        ):
-            index = index * base + digit
-        return index + SUBSTITUTE + 1
+        tag = self.number * 4 + (0 if phase is None else phase)
+        widest = self.layout.units * UNIT_WORDS * self.layout.world_size
+        for digit, base in ((source, self.layout.world_size), (row, self.layout.units),
+                            (column, widest)):  # fmt: skip
+            tag = tag * base + digit
+        return SENTINEL if tag % 5 == 0 else tag + SUBSTITUTE + 1
 
     @staticmethod
     def store(kind: int, address: int, old: int, new: int) -> Step:

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING
 from fusewise.kernels.protocol import (
     END,
     LOAD,
-    POLL,
     RESTORE,
     SENTINEL,
     START,
@@ -36,7 +35,7 @@ class Missing:
     """What a bounded poll reports: ``rank`` waited for the words of ``source``."""
 
     rank: int
-    row: int
+    unit: int
     phase: int
     source: int
 
@@ -166,7 +165,7 @@ class _Machine:
             elif kind == END:
                 self.arrived[rank] += 1
             elif (seen := memory[address]) != value:
-                if kind == LOAD or (kind == POLL and seen != SENTINEL):
+                if kind == LOAD or seen != SENTINEL:
                     self.fault = (
                         f"{self.name(address)} is read {'half' if kind == LOAD else 'stale'}"
                     )
@@ -186,9 +185,9 @@ class _Machine:
         return rank in self.stopped
 
     def name(self, address: int) -> str:
-        row, phase, source = self.programme.layout.owner(address)
+        unit, phase, source = self.programme.layout.owner(address)
         rank, word = divmod(address, self.programme.layout.rank_words)
-        return f"rank {rank}, row {row}, phase {phase}, source {source}, word {word}"
+        return f"rank {rank}, unit {unit}, phase {phase}, source {source}, word {word}"
 
     def outcome(self) -> Outcome:
         """After the last store landed: every slot must hold the sentinel again."""
@@ -199,8 +198,6 @@ class _Machine:
             if rank not in self.stopped and all(ended[rank * workers : (rank + 1) * workers])
         }  # fmt: skip
         if self.fault is None and len(finished) == layout.world_size:
-            slots = (range(r * layout.rank_words, r * layout.rank_words + 2 * layout.region_words)
-                     for r in finished)  # fmt: skip
-            left = [a for slot in slots for a in slot if self.memory[a] != SENTINEL]
+            left = [a for a, word in enumerate(self.memory) if word != SENTINEL]
             self.fault = f"{self.name(left[0])} is left behind" if left else None
         return Outcome(self.fault, tuple(self.missing), frozenset(finished))
