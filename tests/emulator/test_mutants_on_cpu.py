@@ -1,0 +1,85 @@
+"""The emulator has teeth: kernels with one line broken are caught, the whole ones are not."""
+
+from __future__ import annotations
+
+import random
+import shutil
+from typing import TYPE_CHECKING
+
+import pytest
+
+from fusewise.kernels.config import Instance
+
+from .build import KERNELS, build
+from .checks import check_call, check_idle
+from .test_kernels_on_cpu import every_kind_of_number, make_call, normals, units
+from .virtual_group import VirtualGroup
+
+if TYPE_CHECKING:
+    import ctypes
+    from pathlib import Path
+
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+
+INSTANCES = [
+    Instance("one_shot", "bfloat16", 2, early_trigger=True),
+    Instance("two_shot", "bfloat16", 2, early_trigger=True),
+]
+STEPS = 3_000_000  # several times what a whole kernel needs; a stuck one uses them up
+
+# file, what stands there, what stands there instead
+MUTANTS = {
+    "none": ("slots.cuh", "", ""),
+    "last_word_only": (
+        "slots.cuh", "v.word[0] != kSentinel && v.word[1] != kSentinel", "v.word[3] != kSentinel",
+    ),
+    "raw_sentinel": ("slots.cuh", "word == kSentinel ? kCanonicalNan : word", "word"),
+    "lost_restore": (
+        "slots.cuh", "push_words(slot[i] + j * kUnitBytes, empty_slot())", "prefetch(slot[i])",
+    ),
+    "shape_dependent_slots": ("slots.cuh", "phase * group.unit_capacity", "phase * 2"),
+    "push_before_wait": ("one_shot.cuh", "  dependency_wait();", ""),
+}  # fmt: skip
+
+
+def mutated(name: str, folder: Path) -> ctypes.CDLL:
+    file, old, new = MUTANTS[name]
+    kernels = folder / "kernels"
+    kernels.mkdir()
+    for path in [*KERNELS.glob("*.cu"), *KERNELS.glob("*.cuh")]:
+        shutil.copy(path, kernels)
+    source = (kernels / file).read_text()
+    assert old in source, f"{file} has changed: mutate it elsewhere"
+    (kernels / file).write_text(source.replace(old, new, 1) if old else source)
+    return build(INSTANCES, folder, kernels)
+
+
+def fault_of_one_run(library: ctypes.CDLL, seed: int) -> str:
+    """What went wrong in twelve calls under one seed; empty if nothing did."""
+    rng = random.Random(seed)
+    values = [normals, every_kind_of_number][seed % 2]
+    calls = [
+        make_call(rng.choice(INSTANCES), rng.randint(1, 4), rng.choice([8, 64, 264]), rng,
+                  values=values)
+        for _ in range(12)
+    ]  # fmt: skip
+    group = VirtualGroup(library, INSTANCES, 2, max(map(units, calls)))
+    try:
+        fault = group.run(calls, seed, STEPS)
+        if fault != "none":
+            return fault
+        for call in calls:
+            check_call(call)
+        check_idle(group)
+    except AssertionError as error:
+        return str(error)
+    finally:
+        group.close()
+    return ""
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_broken_kernels_are_caught_and_whole_ones_are_not(name: str, tmp_path: Path) -> None:
+    library = mutated(name, tmp_path)
+    faults = [fault_of_one_run(library, seed) for seed in range(8)]
+    assert any(faults) == (name != "none"), faults
