@@ -30,6 +30,7 @@ from fusewise.communicator import Communicator
 from fusewise.group import Group
 from fusewise.intervals import median_interval
 from fusewise.kernels import prepare
+from fusewise.kernels.config import WARP, bound, round_up
 from fusewise.kernels.fp8 import Fp8
 from fusewise.node import Fingerprint
 from fusewise.profile import Profile, Provenance, Sample
@@ -50,17 +51,26 @@ extern "C" __global__ void store(uint4* to, long long count) {
 
 
 def variant(name: str, **changes: Any) -> type[OneShot]:
-    """One-shot with something changed at compile time: a candidate beside the shipped choice."""
+    """One-shot with another instance: a candidate beside the shipped choice."""
 
     def kernel(*arguments: Any) -> Any:
         launch, params = prepare.one_shot(*arguments)
-        return replace(launch, instance=replace(launch.instance, **changes)), params
+        instance = replace(launch.instance, **changes)
+        lanes = instance.vectors * instance.blocks
+        threads = round_up(-(-params.row_vectors // lanes), WARP)
+        return replace(launch, instance=bound(instance, threads), threads=threads), params
 
     members = {"id": f"native.one_shot.{name}", "kernel": staticmethod(kernel)}
     return type(f"OneShot_{name}", (OneShot,), members)
 
 
-VARIANTS = (variant("early_trigger", early_trigger=True),)
+VARIANTS = (
+    variant("early_trigger", early_trigger=True),
+    variant("one_vector", vectors=1),
+    variant("two_vectors", vectors=2),
+    variant("cluster_of_2", vectors=1, blocks=2),
+    variant("cluster_of_4", vectors=1, blocks=4),
+)
 
 
 class Fp8Runner(Runner):

@@ -34,8 +34,6 @@ def one_shot(num_tokens: int, hidden_size: int, world_size: int = 2, sm: int = 9
         (1, 7168, 2, 448),
         (1, 8, 1, 32),
         (1, 8192, 2, 512),
-        (1, 8200, 4, 288),  # 1025 vectors: more than 2 x 512
-        (1, 16384, 4, 512),
     ],
 )
 def test_vectors_and_threads_of_one_shot(
@@ -48,10 +46,25 @@ def test_vectors_and_threads_of_one_shot(
 
 
 @pytest.mark.parametrize(
-    ("hidden_size", "blocks"), [(16384, 1), (16392, 2), (32768, 2), (32776, 4)]
+    ("hidden_size", "sm", "vectors", "blocks", "threads"),
+    [
+        (8192, 90, 2, 1, 512),
+        (8200, 90, 2, 2, 288),  # 1025 vectors: more than 2 x 512
+        (16384, 90, 2, 2, 512),
+        (16392, 90, 2, 4, 288),
+        (32768, 90, 2, 4, 512),
+        (32776, 90, 4, 4, 288),
+        (8192, 80, 2, 1, 512),
+        (8200, 80, 4, 1, 288),  # no clusters
+        (16384, 80, 4, 1, 512),
+    ],
 )
-def test_wide_rows_take_a_cluster_on_sm_90(hidden_size: int, blocks: int) -> None:
-    assert one_shot(1, hidden_size).instance.blocks == blocks
+def test_wide_rows_take_a_cluster_where_there_are_any(
+    hidden_size: int, sm: int, vectors: int, blocks: int, threads: int
+) -> None:
+    launch = one_shot(1, hidden_size, sm=sm)
+    assert (launch.instance.vectors, launch.instance.blocks) == (vectors, blocks)
+    assert launch.threads == threads
 
 
 @pytest.mark.parametrize(("sm", "blocks"), [(80, 1), (90, 4), (100, 4)])
@@ -89,7 +102,7 @@ def test_the_grid_never_exceeds_what_is_resident(resident: int, grid: int) -> No
 
 
 def test_a_cluster_counts_as_one_worker() -> None:
-    assert one_shot(100, 16392).grid(7) == 14
+    assert one_shot(100, 8200).grid(7) == 14
 
 
 @pytest.mark.parametrize(

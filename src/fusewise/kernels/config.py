@@ -152,11 +152,12 @@ def widest_row(world_size: int, sm: int) -> int:
 
 
 def _split_row(row_vectors: int, message_bytes: int, world_size: int, sm: int) -> tuple[int, int]:
-    """Vectors per thread and blocks per row."""
+    """Vectors per thread and blocks per row. A cluster is preferred to four vectors per thread,
+    which wait for the peers one after the other."""
     two = row_vectors >= _TWO_VECTORS_FROM or message_bytes > _TWO_VECTORS_ABOVE_BYTES
     blocks_allowed = (1, 2, MAX_BLOCKS_PER_ROW) if sm >= 90 else (1,)
-    for blocks in blocks_allowed:
-        for vectors in (2, 4) if two else (1, 2, 4):
+    for vectors in (2, 4) if two else (1, 2, 4):
+        for blocks in blocks_allowed:
             if row_vectors <= vectors * blocks * block_limit(world_size, vectors):
                 return vectors, blocks
     raise InputError(

@@ -233,7 +233,10 @@ FW_DEVICE void one_shot(const OneShotParams& p, RowShared<kBlocks>& shared) {
       write_norm<Type, kVectors, kBlocks, kOutput>(p, shared, row, turn, column, total, weight);
     }
   }
-  if (!kEarlyTrigger) dependents_launch();
+  if (!kEarlyTrigger) {
+    block_barrier();  // the first thread to signal speaks for its block: all have stored by now
+    dependents_launch();
+  }
 }
 
 }  // namespace fusewise

@@ -113,8 +113,7 @@ FW_DEVICE int cluster_rank() {
 
 // Shared-memory stores of all threads of the cluster before it are visible to all after it.
 FW_DEVICE void cluster_barrier() {
-  asm volatile("barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::
-                   : "memory");
+  asm volatile("barrier.cluster.arrive.release;\n\tbarrier.cluster.wait.acquire;" ::: "memory");
 }
 
 // Writes this block's shared variable `at` in the cluster's block number `block`.
@@ -140,7 +139,8 @@ FW_DEVICE void dependency_wait() {
 #endif
 }
 
-// Lets the next kernel's blocks be placed once every block of this grid has said so or ended.
+// Lets the next kernel's blocks be placed once every block of this grid has said so or ended. One
+// thread speaks for its block.
 FW_DEVICE void dependents_launch() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");

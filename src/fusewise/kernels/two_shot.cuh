@@ -229,7 +229,7 @@ FW_DEVICE void two_shot(const TwoShotParams& p, TwoShotShared& shared) {
     } else if (kOutput != Output::kSum) {
       write_fp8<Type, kWorld, kOutput>(tile, shared);
     }
-    block_barrier();  // nobody reads this tile's shared memory any more
+    block_barrier();  // nobody reads this tile's shared memory any more, and all have stored
   }
   if (!kEarlyTrigger) dependents_launch();
 }
