@@ -143,6 +143,10 @@ def _row_split(x: Tensor, r: Tensor, w: Tensor) -> Any:
     return normed(reduced(x).view(16, 32), w[:32])
 
 
+def _weight_of_another_norm(x: Tensor, r: Tensor, w: Tensor) -> Any:
+    return torch.ops.aten._fused_rms_norm(r, [H], reduced(x[0]), 1e-6)[0]
+
+
 CASES: dict[str, tuple[Callable[..., Any], str, dict[str, Any]]] = {
     "max": (_max, "the reduction is 'max'", {}),
     "average": (_average, "the reduction is 'avg'", {}),
@@ -162,6 +166,7 @@ CASES: dict[str, tuple[Callable[..., Any], str, dict[str, Any]]] = {
     "waited twice": (_waited_twice, "not waited for exactly once", {}),
     "weight computed later": (_weight_behind, "computed behind the sum", {}),
     "rows split": (_row_split, "no RMSNorm follows", {}),
+    "weight of another norm": (_weight_of_another_norm, "no RMSNorm follows", {}),
     "weight of one element": (plain, "is no row", {"weight": (1,)}),
     "residual of one row": (plain, "shapes differ", {"residual": (1, H)}),
     "wide weight": (plain, "dtypes differ", {"dtype": BF16, "weight_dtype": FP32}),
@@ -193,6 +198,81 @@ def test_the_same_graph_without_the_obstacle_is_rewritten(dtype: torch.dtype) ->
     assert names[0] == "fusewise.all_reduce_rms_norm.default"
     assert set(names[1:]) == {"<built-in function getitem>"}
     assert one.sites[0].rewritten
+
+
+def _fused_norm(x: Tensor, r: Tensor, w: Tensor) -> Any:
+    """What ``F.rms_norm`` dispatches to on GPUs."""
+    s = r + reduced(x)
+    return torch.ops.aten._fused_rms_norm(s, [H], w, 1e-5)[0], s
+
+
+def _composite_norm(x: Tensor, r: Tensor, w: Tensor) -> Any:
+    s = r + reduced(x)
+    return torch.nn.functional.rms_norm(s, (H,), w, 1e-5), s
+
+
+@pytest.mark.parametrize("function", [_fused_norm, _composite_norm])
+def test_torchs_norm_as_one_operation_is_rewritten(function: Callable[..., Any]) -> None:
+    inputs = torch.empty(8, H), torch.empty(8, H), torch.empty(H)
+    module = make_fx(function, tracing_mode="fake", pre_dispatch=True)(*inputs)
+    module.graph.eliminate_dead_code()  # as Inductor does before the pass
+    assert "rms_norm" in str(module.graph)
+    one = fusion()
+    one(module.graph)
+    module.graph.lint()
+    assert one.sites[0].choice == "fuse"
+    assert "(%x_1, %r_1, %w_1, 1e-05, 0.0, tp)" in str(module.graph)
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+def test_torchs_norm_as_inductor_decomposes_it_for_gpus(dtype: torch.dtype) -> None:
+    from torch._decomp.decompositions import _fused_rms_norm
+
+    def decomposed(x: Tensor, r: Tensor, w: Tensor) -> Any:
+        s = r + reduced(x)
+        return _fused_rms_norm(s, [H], w, 1e-5)[0], s
+
+    module = trace(decomposed, dtype=dtype)
+    one = fusion()
+    one(module.graph)
+    assert one.sites[0].choice == "fuse", f"{one.explain()} {module.graph}"
+
+
+def test_a_wide_stream_keeps_its_own_cast() -> None:
+    """fp32 residual stream, bf16 matmul behind: the norm ends before the cast."""
+
+    def wide(x: Tensor, r: Tensor, w: Tensor) -> Any:
+        return normed(r + reduced(x), w).to(BF16)
+
+    module = trace(wide)
+    one = fusion()
+    one(module.graph)
+    assert one.sites[0].choice == "fuse"
+    assert "convert_element_type" in str(module.graph)
+
+
+def test_two_reductions_added_to_each_other_become_one_site() -> None:
+    def both(x: Tensor, r: Tensor, w: Tensor) -> Any:
+        return normed(reduced(x) + reduced(r), w)
+
+    module = trace(both)
+    one = fusion()
+    one(module.graph)
+    module.graph.lint()
+    assert [site.choice for site in one.sites] == ["fuse", "leave"]
+
+
+def test_a_group_that_is_a_graph_input_is_left() -> None:
+    module = trace(plain)
+    graph = module.graph
+    with graph.inserting_before(next(iter(graph.nodes))):
+        group = graph.placeholder("group")
+    for node in graph.nodes:
+        if "all_reduce" in node.name:
+            node.args = (*node.args[:2], group)
+    one = FusionPass("group", {"float32": _always_fuse("float32")})
+    one(graph)
+    assert one.sites[0].why == "the group has no name in the graph"
 
 
 def test_a_second_pass_finds_nothing_left_to_do() -> None:

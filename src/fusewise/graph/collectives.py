@@ -17,10 +17,13 @@ from fusewise.graph.nodes import argument, op_name, sole_user
 Source = Literal["torch", "fusewise", "engine"]
 
 _WAIT = "_c10d_functional::wait_tensor"
-_OPAQUE: dict[str, Source] = {
-    "fusewise::all_reduce": "fusewise",
-    "vllm::all_reduce": "engine",  # vllm/distributed/parallel_state.py: (tensor, group_name)
+_OPAQUE: dict[str, Source] = {"fusewise::all_reduce": "fusewise", "vllm::all_reduce": "engine"}
+_ARGUMENTS = {
+    "fusewise::all_reduce": ("x", "group"),
+    "vllm::all_reduce": ("tensor", "group_name"),  # vllm/distributed/parallel_state.py
 }
+# torch 2.13 with distributed.config.compile_on_one_rank passes the group as a graph input.
+_NO_NAME = "the group has no name in the graph"
 
 
 @dataclass(frozen=True)
@@ -48,19 +51,19 @@ def reduction_at(node: Node) -> Reduction | None:
     """The all-reduce that ``node`` starts, or None."""
     name = op_name(node)
     if name in _OPAQUE:
-        x, group = argument(node, 0, "x"), argument(node, 1, "group")
-        if _OPAQUE[name] == "engine":
-            x, group = argument(node, 0, "tensor"), argument(node, 1, "group_name")
-        return Reduction(x, node, (node,), _OPAQUE[name], str(group))
+        x_name, group_name = _ARGUMENTS[name]
+        x, group = argument(node, 0, x_name), argument(node, 1, group_name)
+        obstacle = "" if isinstance(group, str) else _NO_NAME
+        return Reduction(x, node, (node,), _OPAQUE[name], str(group), obstacle)
     if name != "_c10d_functional::all_reduce":
         return None
-    x = argument(node, 0, "input")
-    reduce_op, group = argument(node, 1, "reduce_op"), str(argument(node, 2, "group_name"))
+    x, group = argument(node, 0, "input"), argument(node, 2, "group_name")
+    reduce_op = str(argument(node, 1, "reduce_op")).lower()
     wait = sole_user(node)
-    obstacle = ""
     if wait is None or op_name(wait) != _WAIT:
-        wait, obstacle = node, "the reduction is not waited for exactly once"
-    elif str(reduce_op).lower() != "sum":
-        obstacle = f"the reduction is {str(reduce_op)!r}, not 'sum'"
-    calls = (node,) if wait is node else (wait, node)
-    return Reduction(x, wait, calls, "torch", group, obstacle)
+        obstacle = "the reduction is not waited for exactly once"
+        return Reduction(x, node, (node,), "torch", str(group), obstacle)
+    obstacle = "" if isinstance(group, str) else _NO_NAME
+    if reduce_op != "sum":
+        obstacle = f"the reduction is {reduce_op!r}, not 'sum'"
+    return Reduction(x, wait, (wait, node), "torch", str(group), obstacle)

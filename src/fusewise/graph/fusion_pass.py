@@ -83,7 +83,7 @@ class FusionPass:
         """Rewrites the sites of one graph in place. Linear in the number of nodes."""
         before = len(self.sites)
         for node in list(graph.nodes):
-            reduction = None if node._erased else reduction_at(node)
+            reduction = reduction_at(node)
             if reduction is not None:
                 self.sites.append(self._visit(graph, reduction))
         self.graphs += 1

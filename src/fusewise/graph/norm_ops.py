@@ -17,6 +17,7 @@ from torch.fx import Node
 from fusewise.graph.nodes import UnlikeError, argument, op_name, operator_name
 
 _USED_ELSEWHERE = "an intermediate of the norm is used elsewhere"
+_NORMS = {"aten::rms_norm": "input", "aten::_fused_rms_norm": "input", "vllm_ir::rms_norm": "x"}
 _PARTIAL = "the norm's variance covers a part of the row"
 
 
@@ -47,6 +48,8 @@ def one_operation(x: Node, user: Node) -> Norm | None:
         UnlikeError: it is one that ours does not reproduce.
     """
     name = op_name(user)
+    if name in _NORMS and argument(user, 0, _NORMS[name]) is not x:
+        return None  # it is the weight of somebody else's norm
     if name in ("aten::rms_norm", "aten::_fused_rms_norm"):
         if len(argument(user, 1, "normalized_shape")) != 1:
             raise UnlikeError("the norm spans several dimensions")
@@ -74,16 +77,19 @@ def add_norm(x: Node, user: Node) -> AddNorm | None:
             raise UnlikeError(_PARTIAL)
         operands = argument(user, 0, "x"), argument(user, 1, "x_residual")
         weight, eps = argument(user, 2, "weight"), argument(user, 3, "epsilon")
-        out, *total = _read_items(user, 0, 1)
+        results = (0, 1)
     else:
         call = _functionalised(user)
         if call is None or call.name != "_C::fused_add_rms_norm":
             return None
         operands = call.arguments["input"], call.arguments["residual"]
         weight, eps = call.arguments["weight"], call.arguments["epsilon"]
-        out, *total = _read_items(user, call.results["input"], call.results["residual"])
+        results = call.results["input"], call.results["residual"]
+    if x not in operands:
+        return None
     if operands == (x, x):
         raise UnlikeError("the reduced tensor is its own residual")
+    out, *total = _read_items(user, *results)
     residual = operands[1] if operands[0] is x else operands[0]
     return AddNorm(_norm(out, weight, eps, user), residual, total[0] if total else None)
 

@@ -27,10 +27,12 @@ def find_norm(x: Node) -> Norm:
         UnlikeError: there is none, or it is unlike ours; says which.
     """
     reason: UnlikeError | None = None
-    for source in (x, *(user for user in x.users if is_cast(user))):
+    tensor = value(x)
+    dtype = tensor.dtype if tensor is not None else torch.float32
+    for source in (x, *(user for user in x.users if is_cast(user, torch.float32))):
         for user in source.users:
             try:
-                found = one_operation(source, user) or _written_out(source, user)
+                found = one_operation(source, user) or _written_out(source, user, dtype)
             except UnlikeError as unlike:
                 reason = reason or unlike
                 continue
@@ -40,8 +42,11 @@ def find_norm(x: Node) -> Norm:
     raise reason or UnlikeError("no RMSNorm follows")
 
 
-def _written_out(x: Node, square: Node) -> Norm | None:
-    """The written-out form that starts with ``square`` of ``x``; None if it is another thing."""
+def _written_out(x: Node, square: Node, dtype: torch.dtype) -> Norm | None:
+    """The written-out form that starts with ``square`` of ``x``; None if it is another thing.
+
+    ``dtype`` is what the norm's result must come back to.
+    """
     if not _is_square(square, x):
         return None
     mean = _only_reader(square)
@@ -53,7 +58,7 @@ def _written_out(x: Node, square: Node) -> Norm | None:
     scaled = _only_reader(root)
     if op_name(scaled) != _MUL or {*scaled.all_input_nodes} != {x, root}:
         return None
-    weight, bias, tail = _weighted(scaled)
+    weight, bias, tail = _weighted(scaled, dtype)
     return Norm(tail[-1], weight, eps, bias, (square, mean, shifted, root, *tail))
 
 
@@ -92,7 +97,7 @@ def _is_rsqrt(node: Node) -> bool:
     return op_name(node) == "aten::rsqrt"
 
 
-def _weighted(scaled: Node) -> tuple[Node, float, list[Node]]:
+def _weighted(scaled: Node, dtype: torch.dtype) -> tuple[Node, float, list[Node]]:
     """From ``x · rsqrt`` to the end of the norm: casts and one multiplication by the weight.
 
     Returns:
@@ -106,9 +111,10 @@ def _weighted(scaled: Node) -> tuple[Node, float, list[Node]]:
     if weight is None:
         raise UnlikeError("the norm has no weight of one row")
     nodes.append(reader)
-    wide, last = value(reader), sole_user(reader)
+    weighted, last = value(reader), sole_user(reader)
     # (x · w).to(dtype), as Gemma and torch write it: the cast is the end of the norm.
-    if wide is not None and wide.dtype == torch.float32 and last is not None and is_cast(last):
+    wide = weighted is not None and weighted.dtype != dtype
+    if wide and last is not None and is_cast(last, dtype):
         nodes.append(last)
     return weight, bias, nodes
 

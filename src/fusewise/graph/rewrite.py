@@ -61,5 +61,5 @@ def _call(graph: Graph, target: object, args: tuple[object, ...], like: Node) ->
 def _erase_unread(graph: Graph, nodes: Iterable[Node]) -> None:
     """Erases those that nothing reads; readers come before what they read."""
     for node in nodes:
-        if not node.users and not node._erased:
+        if not node.users:
             graph.erase_node(node)
