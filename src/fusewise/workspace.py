@@ -152,11 +152,14 @@ class Workspace:
 
     def __init__(self, group: Group, layout: SlotLayout, label: str) -> None:
         self.group, self._label = group, label
+        self.dead, self.status = _together(group, f"{label}: status", self._words)
         self.region = Region(group, layout, label)
         self._older: list[Region] = []
         self.closed = False
-        self.dead = torch.zeros(1, dtype=torch.int32, device=group.device)
-        self.status = _mapped_words(STATUS_WORDS)
+
+    def _words(self) -> tuple[Tensor, Tensor]:
+        dead = torch.zeros(1, dtype=torch.int32, device=self.group.device)
+        return dead, _mapped_words(STATUS_WORDS)
 
     def reserve(self, layout: SlotLayout) -> bool:
         """Makes room for ``layout`` too; True if that took a new region.

@@ -54,7 +54,10 @@ class ThreadGroup:
         return "group of two threads"
 
 
-@pytest.mark.parametrize("step", ["device", "allocate", "rendezvous", "compile"])
+STEPS = ["device", "status", "allocate", "rendezvous", "compile"]
+
+
+@pytest.mark.parametrize("step", STEPS)
 @pytest.mark.parametrize("failing", [0, 1])
 def test_one_failing_rank_fails_all(
     monkeypatch: pytest.MonkeyPatch, step: str, failing: int
@@ -79,7 +82,8 @@ def test_one_failing_rank_fails_all(
         fails_at("allocate", lambda size, device: torch.empty(64, dtype=torch.uint8)),
     )  # fmt: skip
     monkeypatch.setattr(workspace, "_rendezvous", fails_at("rendezvous", lambda b, g: handle))
-    monkeypatch.setattr(workspace, "_mapped_words", lambda n: torch.zeros(n, dtype=torch.int32))
+    words = fails_at("status", lambda n: torch.zeros(n, dtype=torch.int32))
+    monkeypatch.setattr(workspace, "_mapped_words", words)
     monkeypatch.setattr(Kernels, "prepare", fails_at("compile", lambda *a: None))
     room, said = Room(), {}
 
@@ -99,5 +103,4 @@ def test_one_failing_rank_fails_all(
     assert set(said) == {0, 1}
     for text in said.values():
         assert f"rank {failing}: RuntimeError: no {step} today" in text
-    order = ["device", "allocate", "rendezvous", "compile"]
-    assert set(reached) == set(order[: order.index(step) + 1]), "a rank went on alone"
+    assert set(reached) == set(STEPS[: STEPS.index(step) + 1]), "a rank went on alone"

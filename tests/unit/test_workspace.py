@@ -107,12 +107,20 @@ def test_it_is_empty_and_mapped_after_a_vote(monkeypatch: pytest.MonkeyPatch) ->
     assert host.allocated == [LAYOUT.size_bytes]
     assert made.region.slots == host.addresses
     assert made.region.epochs.tolist() == [0] * LAYOUT.units
-    assert group.phases == ["native: allocate", "native: rendezvous", "native: map"]
+    steps = ("status", "allocate", "rendezvous", "map")
+    assert group.phases == [f"native: {step}" for step in steps]
 
 
-@pytest.mark.parametrize("step", ["_symmetric_bytes", "_rendezvous"])
+@pytest.mark.parametrize(
+    ("step", "phase"),
+    [
+        ("_mapped_words", "status"),
+        ("_symmetric_bytes", "allocate"),
+        ("_rendezvous", "rendezvous"),
+    ],
+)
 def test_a_failing_step_names_the_rank_and_goes_no_further(
-    monkeypatch: pytest.MonkeyPatch, step: str
+    monkeypatch: pytest.MonkeyPatch, step: str, phase: str
 ) -> None:
     Host(monkeypatch)
     group = MirrorGroup()
@@ -124,14 +132,17 @@ def test_a_failing_step_names_the_rank_and_goes_no_further(
     with pytest.raises(WorkspaceError, match="rank 0: PermissionError: pidfd_getfd") as raised:
         Workspace(group, LAYOUT, "native")  # type: ignore[arg-type]
     assert ("SYS_PTRACE" in str(raised.value)) is (step == "_rendezvous")
-    assert group.phases[-1] == f"native: {'allocate' if 'bytes' in step else 'rendezvous'}"
+    assert group.phases[-1] == f"native: {phase}"
 
 
 def test_a_peers_failure_is_this_ranks_failure_before_any_rendezvous(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     host, group = Host(monkeypatch), MirrorGroup()
-    monkeypatch.setattr(group, "vote", lambda phase, error: f"{phase}: rank 1: out of memory")
+    refused = "native: allocate"
+    monkeypatch.setattr(
+        group, "vote", lambda phase, e: f"{phase}: rank 1: out of memory" if phase == refused else e
+    )
     monkeypatch.setattr(host, "rendezvous", lambda *a: pytest.fail("met a rank that is not there"))
     with pytest.raises(WorkspaceError, match="native: allocate: rank 1: out of memory"):
         Workspace(group, LAYOUT, "native")  # type: ignore[arg-type]

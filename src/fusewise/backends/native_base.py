@@ -16,7 +16,7 @@ import torch
 
 from fusewise.backends.base import DTYPE_NAMES, Backend
 from fusewise.backends.steps import not_on_one_host, together
-from fusewise.errors import InputError, RankTimeoutError, UnavailableError
+from fusewise.errors import FusewiseError, InputError, RankTimeoutError, UnavailableError
 from fusewise.kernels.build import missing_compiler
 from fusewise.kernels.fp8 import Fp8, Fp8Result, check_static_scale
 from fusewise.kernels.launch import Kernels, PreparedLaunch
@@ -77,7 +77,7 @@ class NativeBackend(Backend):
         try:
             first = Shape(1, max_shape.hidden_size, max_shape.dtype)
             together(group, f"{self.id}: compile", lambda: self._prepare(first, "kNorm"))
-        except UnavailableError:
+        except FusewiseError:
             self.close()
             raise
 
