@@ -66,3 +66,8 @@ def test_results_are_allocated_as_described() -> None:
     assert result.scales.shape == (3, 2) and result.scales.dtype == torch.float32
     assert result.norm is not None and result.norm.dtype == x.dtype
     assert Fp8("token").empty_result(x, None).norm is None
+
+
+def test_an_unknown_scaling_is_refused() -> None:
+    with pytest.raises(InputError, match="one of static, token, group"):
+        Fp8("tensor")  # type: ignore[arg-type]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 
@@ -12,6 +12,7 @@ from fusewise.errors import InputError
 if TYPE_CHECKING:
     from torch import Tensor
 
+Scaling = Literal["static", "token", "group"]
 FP8_MAX = 448.0  # the largest finite e4m3
 MIN_SCALE = 1.0 / (FP8_MAX * 512.0)  # vLLM's floor for dynamic scales
 GROUP = 128  # elements of one group
@@ -25,10 +26,21 @@ class Fp8:
         scaling: ``static``: one given scale. ``token``: one per row, from its largest element.
             ``group``: one per 128 columns of a row.
         keep_norm: also write the norm in the tensor's own dtype.
+
+    Raises:
+        InputError: an unknown scaling.
     """
 
-    scaling: Literal["static", "token", "group"]
+    scaling: Scaling
     keep_norm: bool = False
+
+    def __post_init__(self) -> None:
+        if self.scaling not in get_args(Scaling):
+            raise InputError(
+                "unknown FP8 scaling",
+                expected=f"one of {', '.join(get_args(Scaling))}",
+                got=repr(self.scaling),
+            )
 
     def scales_shape(self, num_tokens: int, hidden_size: int) -> tuple[int, ...]:
         """Shape of the scales: (1,), (num_tokens, 1) or (num_tokens, groups)."""
