@@ -10,7 +10,7 @@ namespace emulator {
 Engine* engine = nullptr;
 
 namespace {
-constexpr double kSleep = 3e-4;  // chance per step that a thread, its block or its rank falls asleep
+constexpr double kSleep = 3e-4;  // chance per step that a thread, a block or a rank falls asleep
 constexpr int kLongestSleep[] = {100, 2000, 30000};  // steps
 constexpr double kStraggler = 0.003;  // chance that a thread dawdles after a barrier or shuffle
 constexpr int kLongestDawdle = 10000;

@@ -1,4 +1,4 @@
-// A small GPU: blocks of threads under a random scheduler, with stores that land late and in pieces.
+// A small GPU: blocks of threads under a random scheduler, stores that land late and in pieces.
 //
 // Every CUDA thread is a fiber. At each poll, barrier, shuffle and (now and then) push, the thread
 // gives way and the scheduler picks another one at random. Stores to global memory wait in the
@@ -129,7 +129,8 @@ class Engine {
   // What the primitives need, called by the running thread.
   void give_way(double chance);
   void poll(const void* at);
-  void meet(Meeting& meeting, int kind, Block* const* blocks, int block_count, int first, int count);
+  void meet(Meeting& meeting, int kind, Block* const* blocks, int block_count, int first,
+            int count);
   float shuffle_xor(float value, int mask);
   void store(void* at, uint64_t value, int bytes);
   uint64_t load(const void* at, int bytes) const;
