@@ -22,7 +22,7 @@ PATTERNS = (
     "llama, no residual", "llama, no residual, sum used again", "llama, large eps",
     "gemma, residual", "gemma, no residual", "torch, residual", "torch, no residual",
     "power −0.5", "dist.all_reduce", "our all_reduce", "opaque all_reduce", "vllm_ir.rms_norm",
-    "vllm_ir.fused_add", "_C.fused_add", "_C.rms_norm", "rows regrouped",
+    "vllm_ir.fused_add", "_C.fused_add", "_C.rms_norm", "rows regrouped", "another group's name",
 )  # fmt: skip
 
 
@@ -31,6 +31,7 @@ def patterns() -> dict[str, Callable[..., Any]]:
     _register_engine_ops()
     world = dist.group.WORLD
     name = world.group_name
+    again = dist.new_group([0, 1])
     ops = torch.ops
 
     def reduce(x: Any) -> Any:
@@ -100,6 +101,7 @@ def patterns() -> dict[str, Callable[..., Any]]:
         "_C.fused_add": fused_add,
         "_C.rms_norm": out_norm,
         "rows regrouped": regrouped,
+        "another group's name": lambda x, r, w: added(llama, r, fc.all_reduce(x, "sum", again), w),
     }
 
 

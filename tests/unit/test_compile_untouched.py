@@ -275,6 +275,12 @@ def test_a_group_that_is_a_graph_input_is_left() -> None:
     assert one.sites[0].why == "the group has no name in the graph"
 
 
+def test_an_all_reduce_on_another_device_is_left() -> None:
+    one = FusionPass(GROUP, {"float32": _always_fuse("float32")}, device_type="cuda")
+    one(trace(plain).graph)
+    assert one.sites[0].why == "on another device: cpu"
+
+
 def test_a_second_pass_finds_nothing_left_to_do() -> None:
     module = trace(plain)
     fusion()(module.graph)

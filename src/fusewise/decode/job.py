@@ -48,7 +48,7 @@ def decode_rank(worker: Worker, request: dict[str, Any]) -> dict[str, Any] | Non
     dtype = getattr(torch, settings.dtype)
     model = build_model(shape, worker.world_size, dtype, positions).to(group.device)
     baseline = next(iter(plans.values())).baseline
-    compiled = Compiled(model, group.name, baseline, settings)
+    compiled = Compiled(model, group, baseline, settings)
     work: list[tuple[Phase, int]] = [("decode", size) for size in settings.batches]
     work += [("prefill", tokens) for tokens in settings.prefill_tokens]
     rows: list[Row] = []

@@ -16,6 +16,7 @@ import torch
 from fusewise.bands import Band, Plan, Table
 from fusewise.decode.settings import DecodeSettings
 from fusewise.graph.api import compile as compile_model
+from fusewise.graph.api import names_of
 from fusewise.graph.decide import Choice
 from fusewise.graph.fusion_pass import FusionPass
 from fusewise.graph.interpreted import interpreted_backend
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from fusewise.communicator import Communicator
+    from fusewise.group import Group
 
 _WARM_STEPS = 3  # Triton and NVRTC kernels compile at first use, which must not be under capture
 
@@ -49,9 +51,9 @@ def _everywhere(path: str) -> Band:
 class Compiled:
     """The model's functions, compiled once per choice."""
 
-    def __init__(self, model: Any, group: str, baseline: str, settings: DecodeSettings) -> None:
+    def __init__(self, model: Any, group: Group, baseline: str, settings: DecodeSettings) -> None:
         self.model, self.settings = model, settings
-        self._group, self._baseline = group, baseline
+        self._group, self._names, self._baseline = group.name, names_of(group.ranks), baseline
         self._steps: dict[tuple[str, Choice], Callable[..., Tensor]] = {}
         self.passes: dict[Choice, FusionPass] = {}
 
@@ -66,7 +68,9 @@ class Compiled:
     def _compile(self, function: Callable[..., Tensor], choice: Choice) -> Callable[..., Tensor]:
         settings = self.settings
         plan = forcing_plan(choice, settings.dtype, settings.hidden_size, self._baseline)
-        fusion = self.passes.setdefault(choice, FusionPass(self._group, {settings.dtype: plan}))
+        fusion = self.passes.setdefault(
+            choice, FusionPass(self._group, {settings.dtype: plan}, group_names=self._names)
+        )
         if settings.compiler == "interpreted":
             backend = interpreted_backend(fusion)
             return torch.compile(function, backend=backend, fullgraph=True)

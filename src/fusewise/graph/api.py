@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
+import torch.distributed as dist
 
 from fusewise.communicator import Communicator
 from fusewise.errors import InputError, UnavailableError
@@ -38,7 +39,8 @@ def fusion_pass(
         group: the tensor-parallel group; None for the default group.
         profile: as for ``Communicator``.
         communicator: one that exists already; then ``group`` and ``profile`` must be None.
-        group_names: further names of the group, as engines' own operators use them.
+        group_names: further names of the group, as engines' own operators use them. Groups of
+            the same ranks that exist by now, such as a device mesh's, are known anyway.
 
     Raises:
         InputError: a communicator and a group or profile were given.
@@ -49,7 +51,26 @@ def fusion_pass(
     if communicator is not None and (group is not None or profile is not None):
         raise InputError("a communicator already has its group and its profile", got="both")
     used = communicator or Communicator(group, profile)
-    return FusionPass(used.group.name, used.plans, group_names=group_names, communicator=used)
+    return FusionPass(
+        used.group.name,
+        used.plans,
+        group_names={*group_names, *names_of(used.group.ranks)},
+        device_type=used.group.device.type,
+        communicator=used,
+    )
+
+
+def names_of(ranks: list[int]) -> set[str]:
+    """torch's names of every process group that has exactly these ranks, in this order.
+
+    A device mesh makes groups of its own; an all-reduce over the same ranks is the same.
+    """
+    groups = dist.distributed_c10d._world.pg_names
+    return {str(name) for group, name in groups.items() if _ranks(group) == ranks}
+
+
+def _ranks(group: ProcessGroup) -> list[int]:
+    return dist.get_process_group_ranks(group) if dist.get_rank(group) >= 0 else []
 
 
 def compile(

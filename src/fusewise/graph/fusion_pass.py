@@ -61,6 +61,7 @@ class FusionPass:
         group: torch's name of the group, under which a communicator is registered.
         plans: what to do at which size, per dtype.
         group_names: further names under which graphs know the group, such as vLLM's ``"tp:0"``.
+        device_type: where the communicator's tensors live; None: all-reduces of any device.
         communicator: kept alive as long as the pass is.
     """
 
@@ -70,11 +71,13 @@ class FusionPass:
         plans: Mapping[DType, Plan],
         *,
         group_names: Collection[str] = (),
+        device_type: str | None = None,
         communicator: Communicator | None = None,
     ) -> None:
         self.group = group
         self.group_names = frozenset({group, *group_names})
         self.plans: dict[str, Plan] = dict(plans.items())
+        self.device_type = device_type
         self.communicator = communicator
         self.sites: list[Site] = []
         self.graphs = 0
@@ -100,6 +103,8 @@ class FusionPass:
 
         if reduction.group not in self.group_names:
             return site("leave", f"another group: {reduction.group!r}")
+        if tensor is not None and self.device_type not in (None, tensor.device.type):
+            return site("leave", f"on another device: {tensor.device}")
         try:
             found = match(reduction)
         except UnlikeError as unlike:
