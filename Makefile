@@ -11,6 +11,8 @@ GPU := $(shell nvidia-smi -L 2>/dev/null | head -n 1)
 CONSTRAINTS := $(if $(GPU),,-c constraints/cpu.txt)
 EXTRAS := $(if $(GPU),dev$(comma)cuda,dev)
 comma := ,
+# Two test processes: ranks use the cores anyhow. On GPUs one, so that no two tests share a device.
+TESTERS := $(if $(GPU),,-n 2 --dist loadfile)
 
 help: ## this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
@@ -26,7 +28,7 @@ tune: $(STAMP) ## measure this machine, write its profile, print table and decis
 
 test: $(STAMP) ## every test this machine can run
 	@$(BIN)/python tests/vllm_sources.py
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest $(TESTERS)
 
 check: $(STAMP) ## formatting, lint, types
 	$(BIN)/ruff format --check .
