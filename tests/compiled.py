@@ -1,4 +1,4 @@
-"""Helpers for tests of the graph pass: profiles with a known boundary, and operator counts."""
+"""For tests of the graph pass: profiles with a known boundary, and operator counts."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ def _layer(x: Any, r: Any, w: Any) -> Any:
     return (w * h).relu(), s
 
 
-def _session(rank: int, cache: str) -> list[dict[str, Any]]:
+def _three_compiles(rank: int, cache: str) -> list[dict[str, Any]]:
     """Three compiles of one model; the second and third begin with what the first left on disk.
 
     The second goes by ``compile(profile=...)``, which makes its communicator and pass itself.
@@ -79,7 +79,7 @@ def _run(rank: int, compiled: Any, communicator: Any) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[list[dict[str, Any]]]:
-    return run_ranks(_session, 2, str(tmp_path_factory.mktemp("inductor")), timeout_s=240)
+    return run_ranks(_three_compiles, 2, str(tmp_path_factory.mktemp("inductor")), timeout_s=240)
 
 
 def test_the_first_compile_rewrites(ranks: list[list[dict[str, Any]]]) -> None:
