@@ -18,11 +18,12 @@ INSTANCES = [
     bound(Instance("one_shot", "bfloat16", 2), 256),
     bound(Instance("one_shot", "float16", 4, vectors=2, output="kTokenFp8"), 512),
     bound(Instance("one_shot", "float32", 8, vectors=4, output="kGroupFp8"), 384),
+    bound(Instance("one_shot", "float16", 4, vectors=4), 384),
     bound(Instance("one_shot", "bfloat16", 8, output="kSum"), 512),
     Instance("two_shot", "bfloat16", 8, max_threads=512),
     Instance("two_shot", "float32", 4, output="kStaticFp8", max_threads=512),
 ]
-TWO_SHOT = INSTANCES[4]
+TWO_SHOT = INSTANCES[5]
 CLUSTER = bound(Instance("one_shot", "bfloat16", 2, vectors=2, blocks=2), 512)
 VIRTUAL = [
     Instance("one_shot_virtual", "bfloat16", 8, max_threads=512),

@@ -209,7 +209,7 @@ FW_DEVICE void one_shot(const OneShotParams& p, RowShared<kBlocks>& shared) {
 
   const bool dead = is_dead(p.group);
   Words weight[kVectors] = {};
-  if (kHasNorm) load_row(p, p.weight, 0, column, weight);
+  if (kEarlyLoads && kHasNorm) load_row(p, p.weight, 0, column, weight);
   int turn = 0;
   for (int row = worker; row < p.num_tokens; row += workers, turn ^= 1) {
     Words own[kVectors] = {};
@@ -230,6 +230,7 @@ FW_DEVICE void one_shot(const OneShotParams& p, RowShared<kBlocks>& shared) {
       if (column[i] >= 0) store_words(sums + place_of(p, row, column[i]), pack<Type>(total[i]));
     }
     if (kHasNorm) {
+      if (!kEarlyLoads) load_row(p, p.weight, 0, column, weight);
       write_norm<Type, kVectors, kBlocks, kOutput>(p, shared, row, turn, column, total, weight);
     }
   }
