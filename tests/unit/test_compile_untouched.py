@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.traced import BF16, FP32, GROUP, H, fusion, normed, plain, reduced, trace
+from tests.traced import BF16, FP32, GROUP, H, collectives, fusion, normed, plain, reduced, trace
 
 
 def _max(x: Tensor, r: Tensor, w: Tensor) -> Any:
