@@ -35,11 +35,13 @@ tune() {
 }
 
 kernels() {
-  timeout -k 10 540 "$python" benchmarks/native_kernels.py --output "$out" 2>"$out/kernels.log"
+  timeout -k 10 540 "$python" -m torch.distributed.run --nproc-per-node 2 \
+    benchmarks/native_kernels.py --variants --out "$out/native_kernels.json" 2>"$out/kernels.log"
 }
 
 decode() {
-  timeout -k 10 560 "$python" benchmarks/decode_h200.py --output "$out" 2>"$out/decode.log"
+  timeout -k 10 560 "$python" benchmarks/decode_h200.py --layers 16 2>"$out/decode.log"
+  cp benchmarks/results/decode* "$out"/
 }
 
 status=0

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import typer
 
-from fusewise.commands import analyse, doctor, engine, measure, vllm
+from fusewise.commands import analyse, decode, doctor, engine, measure, vllm
 
 app = typer.Typer(
     name="fusewise",
@@ -31,6 +31,7 @@ app.command()(analyse.explain)
 app.command()(engine.audit)
 app.command()(engine.cap)
 app.command()(doctor.doctor)
+app.command()(decode.decode)
 app.add_typer(vllm.app, name="vllm")
 
 

@@ -17,10 +17,11 @@ from typing import TYPE_CHECKING
 import torch
 
 from fusewise.agreement import agreed_plans, build_backend, fingerprint_of
-from fusewise.backends.base import DTYPE_NAMES, shape_of
+from fusewise.backends.base import shape_of
 from fusewise.backends.registry import backend_of, baseline_id, select
 from fusewise.bands import Band, Plan
-from fusewise.errors import InputError, UnavailableError
+from fusewise.border import ROWS, mismatch, rows_of, usable
+from fusewise.errors import UnavailableError
 from fusewise.group import Group
 from fusewise.kernels.norm import residual_rms_norm
 from fusewise.profile import Profile
@@ -36,8 +37,6 @@ log = logging.getLogger("fusewise")
 
 _MAX_MESSAGE_BYTES = 64 * 2**20  # where the published engine tables end
 _MAX_HIDDEN_SIZE = 8192
-_ALIGNMENT = 16  # bytes: the widest vector a kernel loads
-_ROWS = 2  # dimensions: what backends take
 _MAX_ROUTES = 100_000  # decisions kept; one per shape seen
 
 _by_name: weakref.WeakValueDictionary[str, Communicator] = weakref.WeakValueDictionary()
@@ -140,11 +139,11 @@ class Communicator:
         Raises:
             InputError: another dtype or device, or a tensor that needs a gradient.
         """
-        rows = self._rows(x, "x")
+        rows = rows_of(x, "x", self.group.device)
         if self.group.world_size == 1 or rows.numel() == 0:
             return x.clone(memory_format=torch.contiguous_format)
         out = self._route("all_reduce", rows, False, False).all_reduce(rows)
-        return out if x.ndim == _ROWS else out.view(x.shape)
+        return out if x.ndim == ROWS else out.view(x.shape)
 
     def all_reduce_rms_norm(
         self,
@@ -169,21 +168,21 @@ class Communicator:
         Raises:
             InputError: shapes, dtypes or devices do not fit together.
         """
-        rows = self._rows(x, "x")
+        rows = rows_of(x, "x", self.group.device)
         if residual is not None:
             if residual.shape != x.shape or residual.dtype != x.dtype:
-                raise _mismatch("residual", residual, x.shape, x.dtype)
-            residual = self._rows(residual, "residual")
+                raise mismatch("residual", residual, x.shape, x.dtype)
+            residual = rows_of(residual, "residual", self.group.device)
         if weight.ndim != 1 or weight.numel() != rows.shape[1] or weight.dtype != x.dtype:
-            raise _mismatch("weight", weight, rows.shape[1:], x.dtype)
-        weight = self._usable(weight, "weight")
+            raise mismatch("weight", weight, rows.shape[1:], x.dtype)
+        weight = usable(weight, "weight", self.group.device)
         if self.group.world_size == 1 or rows.numel() == 0:
             out, total = residual_rms_norm(rows, residual, weight, eps, weight_bias)
             total = total.clone() if residual is None else total
         else:
             backend = self._route("all_reduce_rms_norm", rows, residual is None, weight_bias != 0.0)
             out, total = backend.all_reduce_rms_norm(rows, residual, weight, eps, weight_bias)
-        if x.ndim == _ROWS:
+        if x.ndim == ROWS:
             return out, total
         return out.view(x.shape), total.view(x.shape)
 
@@ -205,6 +204,17 @@ class Communicator:
         finally:
             for backend in self._backends.values():
                 backend.capture_end()
+
+    def check(self) -> None:
+        """Asks every backend whether a kernel gave up waiting for a peer; costs no synchronisation.
+
+        Calls ask by themselves. Replays of a CUDA graph pass by this class: ask after them.
+
+        Raises:
+            RankTimeoutError: names the rank that waited and the one that did not come.
+        """
+        for backend in self._backends.values():
+            backend.check()
 
     def _route(self, op: Op, rows: Tensor, bare: bool, biased: bool) -> Backend:
         key = (op, rows.shape, rows.dtype, bare, biased)
@@ -231,27 +241,6 @@ class Communicator:
             self._tell(f"{band.path} does not take {shape}: {refused}; {self._baseline} runs")
             return self._backends[self._baseline]
         return backend
-
-    def _rows(self, x: Tensor, name: str) -> Tensor:
-        """Usable and two-dimensional. No view where none is needed: each costs over 1 µs."""
-        x = self._usable(x, name)
-        if x.ndim == _ROWS:
-            return x
-        return x.view(-1, x.shape[-1]) if x.numel() else x.view(0, x.shape[-1])
-
-    def _usable(self, x: Tensor, name: str) -> Tensor:
-        """Of a known dtype, here, contiguous, aligned; a copy only where it must be."""
-        if x.dtype not in DTYPE_NAMES or x.device != self.group.device or x.ndim == 0:
-            raise InputError(
-                f"{name} cannot be reduced",
-                expected=f"bfloat16, float16 or float32 on {self.group.device}",
-                got=f"{x.dtype} of shape {tuple(x.shape)} on {x.device}",
-            )
-        if x.requires_grad and torch.is_grad_enabled():
-            raise InputError(f"{name} needs a gradient", hint="Call this under torch.no_grad().")
-        if not x.is_contiguous():
-            x = x.contiguous()
-        return x.clone() if x.data_ptr() % _ALIGNMENT else x
 
     def _tell(self, message: str) -> None:
         """One warning per message, from the group's first rank."""
@@ -287,11 +276,3 @@ class Communicator:
             self.close()
         else:
             self._retire()
-
-
-def _mismatch(name: str, got: Tensor, shape: torch.Size, dtype: torch.dtype) -> InputError:
-    return InputError(
-        f"{name} does not fit x",
-        expected=f"{dtype} of shape {tuple(shape)}",
-        got=f"{got.dtype} of shape {tuple(got.shape)}",
-    )

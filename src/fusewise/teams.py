@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from fusewise.group import Group
 
 
+# CPU ranks that may share cores: enough to try what eight GPUs run. Each is a process with torch.
+_CPU_RANKS = 8
+
+
 @dataclass(frozen=True)
 class Team:
     """The ranks of one tensor-parallel group and those of them that this process supervises.
@@ -49,10 +53,11 @@ def local_team(world_size: int | None) -> Team:
     """
     gpus = gpu_count()
     size = world_size if world_size is not None else (gpus if gpus > 1 else 2)
-    if size < 1 or (gpus and size > gpus):
+    most = gpus or max(_CPU_RANKS, os.cpu_count() or 1)
+    if not 1 <= size <= most:
         raise InputError(
             "cannot start that many ranks",
-            expected=f"1 to {gpus} ranks, one per GPU" if gpus else "at least 1 rank",
+            expected=f"1 to {most} ranks, one per GPU" if gpus else f"1 to {most} CPU ranks",
             got=str(size),
         )
     ranks = tuple(range(size))

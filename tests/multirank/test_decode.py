@@ -9,7 +9,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from fusewise.decode.cli import decode
+from fusewise.commands.decode import decode
 from tests.compiled import boundary_profile
 
 pytest.importorskip("transformers")

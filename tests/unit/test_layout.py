@@ -23,7 +23,7 @@ LAYERS = (
     ("plan", "store", "cap", "audit", "group", "workspace"),
     ("kernels",),
     ("backends",),
-    ("agreement",),
+    ("agreement", "border"),
     ("communicator",),
     ("ops",),
     ("worker", "teams", "launch", "tuning", "graph"),

@@ -100,6 +100,9 @@ class Backend(ABC):
     def capture_end(self) -> None:  # noqa: B027  most have nothing to register
         """Called on all ranks after a CUDA graph was captured; backends register buffers here."""
 
+    def check(self) -> None:  # noqa: B027  most fail in the call itself
+        """Raises RankTimeoutError if a kernel gave up waiting, also one of a replayed graph."""
+
     def close(self) -> None:  # noqa: B027  most own nothing
         """Gives back every buffer and handle. Collective; safe to call twice."""
 

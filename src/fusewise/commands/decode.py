@@ -47,38 +47,50 @@ _VLLM = "0.33"  # the newest release whose tables are known
 _TUNE_S = {"cpu": 10.0, "cuda": 60.0}
 
 
+ModelOption = Annotated[
+    str | None,
+    typer.Option(help="tiny, tiny-moe, qwen3-8b, qwen3-30b-a3b. Default: tiny on CPUs."),
+]
+LayersOption = Annotated[int | None, typer.Option(help="Fewer layers than the model has.")]
+DTypeChoice = Annotated[
+    str | None, typer.Option("--dtype", "-d", help="Default: bf16 on GPUs, fp32 on CPUs.")
+]
+BatchesOption = Annotated[str | None, typer.Option(help="Batch sizes, such as 1,8,64.")]
+PrefillOption = Annotated[
+    str | None, typer.Option(help="Prefill lengths, or none. Default: none on CPUs.")
+]
+StepsOption = Annotated[int | None, typer.Option(help="Decode steps per timing.")]
+RepeatsOption = Annotated[int, typer.Option(help="Timings per arm, interleaved.")]
+ContextOption = Annotated[int, typer.Option(help="Tokens in the cache at the start.")]
+EngineCapOption = Annotated[str | None, typer.Option(help="Instead of the engine's own cap: 0.5M.")]
+WithoutArmOption = Annotated[
+    list[str] | None,
+    typer.Option("--without", help="Adds the arm measured without it; may be repeated."),
+]
+CompilerOption = Annotated[
+    Compiler | None, typer.Option(help="Default: inductor on GPUs, interpreted on CPUs.")
+]
+OutputOption = Annotated[Path | None, typer.Option("--output", "-o", help="Write JSON.")]
+PlotOption = Annotated[Path | None, typer.Option(help="Write the picture: .svg, .png.")]
+
+
 @bordered
 def decode(
-    model: Annotated[
-        str | None,
-        typer.Option(help="tiny, tiny-moe, qwen3-8b, qwen3-30b-a3b. Default: tiny on CPUs."),
-    ] = None,
-    layers: Annotated[int | None, typer.Option(help="Fewer layers than the model has.")] = None,
-    dtype: Annotated[
-        str | None, typer.Option("--dtype", "-d", help="Default: bf16 on GPUs, fp32 on CPUs.")
-    ] = None,
-    batches: Annotated[str | None, typer.Option(help="Batch sizes, such as 1,8,64.")] = None,
-    prefill: Annotated[
-        str | None, typer.Option(help="Prefill lengths, or none. Default: none on CPUs.")
-    ] = None,
-    steps: Annotated[int | None, typer.Option(help="Decode steps per timing.")] = None,
-    repeats: Annotated[int, typer.Option(help="Timings per arm, interleaved.")] = REPEATS,
-    context: Annotated[int, typer.Option(help="Tokens in the cache at the start.")] = 128,
+    model: ModelOption = None,
+    layers: LayersOption = None,
+    dtype: DTypeChoice = None,
+    batches: BatchesOption = None,
+    prefill: PrefillOption = None,
+    steps: StepsOption = None,
+    repeats: RepeatsOption = REPEATS,
+    context: ContextOption = 128,
     profile: ProfileOption = None,
-    engine_cap: Annotated[
-        str | None, typer.Option(help="Instead of the engine's own cap: 0.5M.")
-    ] = None,
-    without: Annotated[
-        list[str] | None,
-        typer.Option("--without", help="Adds the arm measured without it; may be repeated."),
-    ] = None,
-    compiler: Annotated[
-        Compiler | None,
-        typer.Option(help="Default: inductor on GPUs, interpreted on CPUs."),
-    ] = None,
+    engine_cap: EngineCapOption = None,
+    without: WithoutArmOption = None,
+    compiler: CompilerOption = None,
     tp: TpOption = None,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write JSON.")] = None,
-    plot: Annotated[Path | None, typer.Option(help="Write the picture: .svg, .png.")] = None,
+    output: OutputOption = None,
+    plot: PlotOption = None,
     fmt: FormatOption = "table",
 ) -> None:
     """Tokens per second of a whole model: unfused, the engine's cap, the effective cap, measured.
@@ -102,10 +114,9 @@ def decode(
         compiler=compiler or ("inductor" if gpu else "interpreted"),
     )
     node = probe(team.world_size, device_type=None if gpu else "cpu")
-    measured = _profile(profile, node, team, settings)
     cap_bytes = parse_size(engine_cap) if engine_cap is not None else None
     arms = arms_for(
-        measured,
+        _profile(profile, node, team, settings),
         settings.hidden_size,
         _engine(node, settings),
         engine_cap_bytes=cap_bytes,
@@ -115,23 +126,29 @@ def decode(
     notes = [f"{arm.name}: {arm.note}" for arm in arms]
     write([section(result["rows"], _title(settings, node), notes)], fmt)
     if output is not None:
-        record = document(
-            result["rows"],
-            settings=asdict(settings),
-            fingerprint=node.model_dump(mode="json", exclude_none=True),
-            arms=[_arm_record(arm, settings.hidden_size) for arm in arms],
-            sites=result["sites"],
-            command=" ".join(["fusewise", *sys.argv[1:]]),
-            created=datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
-            fusewise=fusewise.__version__,
-        )
-        output.write_text(json.dumps(record, indent=1) + "\n")
+        output.write_text(json.dumps(_record(result, settings, node, arms), indent=1) + "\n")
         tell([f"wrote {output}"])
     if plot is not None:
         from fusewise.decode.plot import save
 
         save(result["rows"], _title(settings, node), plot)
         tell([f"wrote {plot}"])
+
+
+def _record(
+    result: dict[str, Any], settings: DecodeSettings, node: Fingerprint, arms: list[Arm]
+) -> dict[str, Any]:
+    """What ``--output`` writes: the rows with all that is needed to read or repeat them."""
+    return document(
+        result["rows"],
+        settings=asdict(settings),
+        fingerprint=node.model_dump(mode="json", exclude_none=True),
+        arms=[_arm_record(arm, settings.hidden_size) for arm in arms],
+        sites=result["sites"],
+        command=" ".join(["fusewise", *sys.argv[1:]]),
+        created=datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        fusewise=fusewise.__version__,
+    )
 
 
 def _prefill(text: str | None, gpu: bool) -> tuple[int, ...]:
