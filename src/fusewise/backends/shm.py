@@ -17,7 +17,6 @@ import contextlib
 import mmap
 import os
 import platform
-import tempfile
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -157,19 +156,20 @@ class OneShot(Backend):
 
 
 def _map_shared(group: Group, size_bytes: int) -> mmap.mmap:
-    """A zeroed mapping shared by all ranks. The file's name is gone before this returns.
+    """A zeroed mapping shared by all ranks. The file never has a name, so none can be left behind.
+
+    Peers open it through rank 0's descriptor, which the vote keeps open until all have it.
 
     Raises:
         WorkspaceError: on every rank, naming the rank that could not create or map it.
     """
-    path, mapping = "", None
+    handle, mapping = -1, None
     error: Exception | str | None = None
-    if group.rank == 0:
-        try:
-            path = _create(size_bytes)
-        except OSError as fault:
-            error = fault
-    path = group.broadcast("shm: name", path)
+    try:
+        handle = _reserve(size_bytes) if group.rank == 0 else -1
+    except OSError as fault:
+        error = fault
+    path = group.broadcast("shm: name", f"/proc/{os.getpid()}/fd/{handle}" if handle >= 0 else "")
     try:
         if path:
             with Path(path).open("r+b") as file:
@@ -179,8 +179,8 @@ def _map_shared(group: Group, size_bytes: int) -> mmap.mmap:
     if not path and error is None:
         error = "rank 0 made no shared memory"
     failed = group.vote("shm: map", error)
-    if group.rank == 0 and path:
-        Path(path).unlink(missing_ok=True)
+    if handle >= 0:
+        os.close(handle)
     if failed or mapping is None:
         raise WorkspaceError(
             f"shm.one_shot of {group}",
@@ -191,14 +191,13 @@ def _map_shared(group: Group, size_bytes: int) -> mmap.mmap:
     return mapping
 
 
-def _create(size_bytes: int) -> str:
-    handle, path = tempfile.mkstemp(prefix="fusewise-", dir=_SHM)
+def _reserve(size_bytes: int) -> int:
+    """A nameless file in shared memory with its pages reserved."""
+    handle = os.open(_SHM, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
     try:
         # Reserves the pages now: a full tmpfs is an error here and would be SIGBUS at first touch.
         os.posix_fallocate(handle, 0, size_bytes)
     except OSError:
-        Path(path).unlink(missing_ok=True)
-        raise
-    finally:
         os.close(handle)
-    return path
+        raise
+    return handle
