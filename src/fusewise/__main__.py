@@ -1,6 +1,20 @@
-"""``python -m fusewise`` is the command line."""
+"""``python -m fusewise`` and the ``fusewise`` script: the command line, imported under guard."""
 
-from fusewise.cli import main
+from __future__ import annotations
+
+import sys
+
+
+def main() -> None:
+    """Runs the command line; an interruption while it is still being imported is one too."""
+    try:
+        from fusewise.cli import app
+
+        app()
+    except KeyboardInterrupt:
+        print("fusewise: interrupted; nothing was written", file=sys.stderr)
+        raise SystemExit(130) from None
+
 
 if __name__ == "__main__":
     main()

@@ -33,8 +33,3 @@ app.command()(engine.cap)
 app.command()(doctor.doctor)
 app.command()(decode.decode)
 app.add_typer(vllm.app, name="vllm")
-
-
-def main() -> None:
-    """The console script."""
-    app()

@@ -18,10 +18,10 @@ import torch
 
 from fusewise.agreement import agreed_plans, build_backend, fingerprint_of
 from fusewise.backends.base import shape_of
-from fusewise.backends.registry import backend_of, baseline_id, select
+from fusewise.backends.registry import all_ids, backend_of, baseline_id, select
 from fusewise.bands import Band, Plan
 from fusewise.border import ROWS, mismatch, rows_of, usable
-from fusewise.errors import UnavailableError
+from fusewise.errors import InputError, UnavailableError
 from fusewise.group import Group
 from fusewise.kernels.norm import residual_rms_norm
 from fusewise.profile import Profile
@@ -71,7 +71,8 @@ class Communicator:
         without: backends or providers never to use, such as ``["native"]``.
         max_message_bytes: what workspaces are sized for; larger messages run on the baseline.
         max_hidden_size: the widest row.
-        timeout_s: bound of every wait between ranks.
+        timeout_s: bound of every wait between ranks on the host, and of our kernels on the device;
+            NCCL keeps its process group's own.
 
     Raises:
         DisagreementError: ranks were given different profiles or settings.
@@ -89,10 +90,17 @@ class Communicator:
         max_hidden_size: int = _MAX_HIDDEN_SIZE,
         timeout_s: float = 120.0,
     ) -> None:
+        if min(max_message_bytes, max_hidden_size, timeout_s) <= 0:
+            raise InputError(
+                "a bound is not positive",
+                got=f"{max_message_bytes=}, {max_hidden_size=}, {timeout_s=}",
+            )
         self.group = group if isinstance(group, Group) else Group(group, timeout_s=timeout_s)
         self.node = fingerprint_of(self.group)
-        excluded = select(without)
-        self.group.agree("settings", [sorted(excluded), max_message_bytes, max_hidden_size])
+        excluded = select([without] if isinstance(without, str) else without)
+        self.group.agree(
+            "settings", [self.group.name, sorted(excluded), max_message_bytes, max_hidden_size]
+        )
         self.plans, self.source = agreed_plans(self.group, self.node, profile, excluded)
         tokens = max(1, max_message_bytes // (2 * max_hidden_size))
         self._max_shape = Shape(tokens, max_hidden_size, "bfloat16")
@@ -119,6 +127,10 @@ class Communicator:
         failures: set[str] = set()
         for backend_id in [self._baseline, *sorted(named - {self._baseline})]:
             if backend_id in self._backends or backend_id in excluded - {self._baseline}:
+                continue
+            if backend_id not in all_ids():
+                self._tell(f"{self.source} names {backend_id}, which this version does not have")
+                failures.add(backend_id)
                 continue
             backend, failed = build_backend(backend_id, self.group, self.node, self._max_shape)
             if backend is not None:
@@ -226,6 +238,8 @@ class Communicator:
         return found
 
     def _choose(self, op: Op, shape: Shape, bare: bool, biased: bool) -> Backend:
+        if not self._backends:
+            raise UnavailableError("this communicator is closed", hint="Create a new one.")
         band = self.decide(op, shape)
         backend = self._backends.get(backend_of(band.path))
         if backend is None:

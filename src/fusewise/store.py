@@ -158,14 +158,14 @@ def _software_differences(profile: Profile, node: Fingerprint) -> list[str]:
 
 
 def save(profile: Profile, folder: Path | None = None) -> Path:
-    """Writes a profile under its own name; the old one stays whole until the new one is.
+    """Writes a profile under its own name; the old one becomes ``.previous`` beside it.
 
     Raises:
         UnavailableError: the directory is not ours, the target is a symlink, or another writer
             held the lock for ten seconds.
     """
     folder = folder or user_dir()
-    _private_directory(folder)
+    private_directory(folder)
     target = folder / profile.file_name
     with _locked(folder):
         if target.is_symlink():
@@ -178,14 +178,31 @@ def save(profile: Profile, folder: Path | None = None) -> Path:
                 file.write(profile.to_json())
                 file.flush()
                 os.fsync(file.fileno())
+            _keep_previous(target)
             Path(temporary).replace(target)
+        except OSError as error:
+            Path(temporary).unlink(missing_ok=True)
+            raise UnavailableError(f"cannot write {target}", got=str(error)) from error
         except BaseException:
             Path(temporary).unlink(missing_ok=True)
             raise
     return target
 
 
-def _private_directory(folder: Path) -> None:
+def _keep_previous(target: Path) -> None:
+    """A second name for the profile that is about to be replaced: a narrow tune loses nothing."""
+    if target.exists():
+        kept = target.with_suffix(".previous")
+        kept.unlink(missing_ok=True)
+        os.link(target, kept)
+
+
+def private_directory(folder: Path) -> None:
+    """Makes sure that ``folder`` exists, is ours and that nobody else can write there.
+
+    Raises:
+        UnavailableError: it is not, or cannot be made.
+    """
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         facts = folder.stat()
@@ -193,14 +210,14 @@ def _private_directory(folder: Path) -> None:
         raise UnavailableError(
             f"cannot keep profiles in {folder}",
             got=str(error),
-            hint="Set FUSEWISE_HOME to a directory you can write, or pass --output.",
+            hint="Choose another with --output or FUSEWISE_HOME.",
         ) from error
     if facts.st_uid != os.geteuid() or facts.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         raise UnavailableError(
             f"{folder} is not private",
             expected="a directory of yours that nobody else can write",
             got=f"owner {facts.st_uid}, mode {stat.S_IMODE(facts.st_mode):o}",
-            hint="chmod go-w it, or set FUSEWISE_HOME.",
+            hint="Choose a directory of your own with --output or FUSEWISE_HOME.",
         )
 
 

@@ -69,7 +69,7 @@ def test_interrupted_means_130_no_profile_and_no_child(
     assert (code, out) == (130, "")
     assert "interrupted; nothing was written" in err
     assert _gone(tmp_path)
-    assert not (tmp_path / "profiles").exists()
+    assert list(tmp_path.rglob("*.json")) == []
 
 
 def test_a_killed_rank_is_named_and_nothing_is_written(tmp_path: Path) -> None:
@@ -80,7 +80,7 @@ def test_a_killed_rank_is_named_and_nothing_is_written(tmp_path: Path) -> None:
     assert "was killed by SIGKILL" in err
     assert "Nothing was written" in err
     assert _gone(tmp_path)
-    assert not (tmp_path / "profiles").exists()
+    assert list(tmp_path.rglob("*.json")) == []
 
 
 def test_ranks_do_not_outlive_a_killed_supervisor(tmp_path: Path) -> None:

@@ -14,7 +14,13 @@ import torch.distributed as dist
 from fusewise import Communicator, store
 from fusewise.agreement import fingerprint_of
 from fusewise.bands import Plan
-from fusewise.errors import DisagreementError, FusewiseError, InputError, UnavailableError
+from fusewise.errors import (
+    DisagreementError,
+    FusewiseError,
+    InputError,
+    RankTimeoutError,
+    UnavailableError,
+)
 from fusewise.group import Group
 from fusewise.profile import Profile
 from fusewise.tuning.verify import normals, reference
@@ -110,10 +116,14 @@ def _behaviour(rank: int) -> dict[str, Any]:
     found["beyond"] = comm.decide("all_reduce_rms_norm", _shape(1_000_000)).path
     comm.close()
     comm.close()
-    try:
-        torch.ops.fusewise.all_reduce(x, name)
-    except UnavailableError as error:
-        found["closed"] = str(error)
+    for key, call in (
+        ("unregistered", lambda: torch.ops.fusewise.all_reduce(x, name)),
+        ("closed", lambda: comm.all_reduce(x)),
+    ):
+        try:
+            call()
+        except UnavailableError as error:
+            found[key] = str(error)
     return found
 
 
@@ -154,7 +164,11 @@ def test_beyond_what_was_measured_the_baseline_runs() -> None:
 
 
 def test_an_operator_without_its_communicator_says_what_to_create() -> None:
-    assert "Create fusewise.Communicator(group)" in behaviour()[0]["closed"]
+    assert "Create fusewise.Communicator(group)" in behaviour()[0]["unregistered"]
+
+
+def test_a_closed_communicator_says_so() -> None:
+    assert all("this communicator is closed" in found["closed"] for found in behaviour())
 
 
 def _refusals(rank: int) -> dict[str, str]:
@@ -179,6 +193,7 @@ def _refusals(rank: int) -> dict[str, str]:
     for name, keywords in {
         "backend": {"without": ["natvie"]},
         "profile": {"profile": "/no"},
+        "bound": {"max_hidden_size": 0},
     }.items():
         try:
             Communicator(**keywords)  # type: ignore[arg-type]
@@ -191,7 +206,7 @@ def test_bad_arguments_are_refused_on_every_rank_alike() -> None:
     first, second = run_ranks(_refusals, 2)
     assert set(first) == {
         "dtype", "device", "scalar", "residual shape", "residual dtype", "weight shape",
-        "weight dtype", "gradient", "backend", "profile",
+        "weight dtype", "gradient", "backend", "profile", "bound",
     }  # fmt: skip
     assert first == second
     assert "expected torch.float32 of shape (64,), got torch.float16" in first["weight dtype"]
@@ -280,6 +295,32 @@ def test_an_excluded_or_missing_backend_leaves_its_sizes_to_the_best_of_the_othe
     assert any("custom is disabled on all ranks" in line for line in told)
     assert len(told) == len(set(told))
     assert not [line for line in second["lines"] if "disabled" in line]
+
+
+def _unheard(rank: int) -> dict[str, Any]:
+    """Rank 1 stays away from a call; a profile names a backend that nobody has."""
+    found: dict[str, Any] = {}
+    strange = node_profile().model_dump()
+    for path in strange["paths"]:
+        path["name"] = path["name"].replace(SHM, "warp.drive")
+    for sample in strange["samples"]:
+        sample["path"] = sample["path"].replace(SHM, "warp.drive")
+    with Communicator(profile=Profile.model_validate(strange), timeout_s=30) as comm:
+        found["strange"] = comm.decide("all_reduce_rms_norm", _shape(1)).path
+    comm = Communicator(without=["shm"], timeout_s=2)
+    if rank == 0:
+        try:
+            comm.all_reduce(torch.ones(2, 8))
+        except RankTimeoutError as error:
+            found["alone"] = str(error)
+    Group(timeout_s=30).barrier("end")
+    return found
+
+
+def test_a_missing_peer_is_bounded_also_on_the_baseline() -> None:
+    first, _ = run_ranks(_unheard, 2)
+    assert "all ranks within 2 s" in first["alone"]
+    assert first["strange"] == GLOO, "an unknown backend leaves its sizes to the others"
 
 
 def _groups(rank: int) -> dict[str, Any]:

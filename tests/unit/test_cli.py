@@ -60,7 +60,7 @@ def test_the_audit_of_the_seed_names_band_deltas_cap_and_token_caps() -> None:
 @pytest.mark.parametrize(
     ("extra", "cap", "level"),
     [
-        ((), "262144 (256K)", "flag (published)"),
+        ((), "262144 (256K)", "--profile (published)"),
         (("--no-multicast",), "524288 (512K)", "engine default (engine default)"),
         (("--nccl-symm-mem",), "131072 (128K)", "rule (rule)"),
         (("--nccl-symm-mem", "--cap", "0.5M"), "524288 (512K)", "flag (explicit)"),
@@ -159,7 +159,15 @@ def test_show_writes_every_form_and_its_pictures(tmp_path: Path) -> None:
         (("tune", "--hidden", "2047"), 2, "multiples of 8"),
         (("tune", "--budget", "soon"), 2, "not a duration"),
         (("tune", "--min-bytes", "8M", "--max-bytes", "4K"), 2, "size range is empty"),
-        (("tune", "--tp", "0"), 2, "cannot start that many ranks"),
+        (("tune", "--tp", "0"), 2, "--tp"),
+        (("explain", "1K", "--tp", "-2"), 2, "--tp"),
+        (("cap", *SEED, "--tp", "3"), 2, "is of 8 ranks"),
+        (("tune", "--tp", "4096"), 2, "cannot start that many ranks"),
+        (("tune", "--without", "gloo"), 2, "cannot be left out"),
+        (("tune", "--hidden", "9" * 5000), 2, "not a list of sizes"),
+        (("tune", "--output", "/proc/x"), 3, "cannot keep profiles in /proc/x"),
+        (("tune", "--plot", "x.foo"), 2, "cannot draw there"),
+        (("tune", "--plot", "/nope/x.svg"), 2, "cannot draw there"),
         (("bench", "--dtype", "int8"), 2, "unknown dtype"),
         (("show", "nvidia-h200-tp8", "--format", "xml"), 2, "xml"),
         (("nonsense",), 2, "nonsense"),
@@ -171,6 +179,20 @@ def test_bad_words_end_with_a_code_and_a_reason_before_anything_starts(
     out, err = run(*arguments, code=code)
     assert out == ""
     assert text in err
+
+
+def test_a_file_that_cannot_be_written_is_one_line() -> None:
+    result = CliRunner().invoke(app, ["show", "nvidia-h200-tp8", "--html", "/nope/x.html"])
+    assert result.exit_code == 3
+    assert "/nope/x.html" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_the_doctor_goes_on_when_the_named_profile_is_ill(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FUSEWISE_PROFILE", "nope")
+    out, _ = run("doctor")
+    assert "cannot read profile nope" in out
+    assert "shm.one_shot" in out
 
 
 def test_help_teaches_and_names_the_exit_codes() -> None:

@@ -113,7 +113,7 @@ def test_the_torch_free_rooms_import_no_torch() -> None:
 )
 def test_reading_commands_start_without_torch_in_half_a_second_of_cpu(command: str) -> None:
     code = (
-        "import sys; sys.argv[1:] = sys.argv[1].split(); from fusewise.cli import main\n"
+        "import sys; sys.argv[1:] = sys.argv[1].split(); from fusewise.__main__ import main\n"
         "try: main()\n"
         "finally: assert 'torch' not in sys.modules"
     )

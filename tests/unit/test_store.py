@@ -122,6 +122,31 @@ def test_saving_is_private_atomic_and_refuses_a_symlink(environ: dict[str, str])
     assert store.load(moved) == GOOD
 
 
+def test_a_replaced_profile_is_kept_beside_the_new_one(environ: dict[str, str]) -> None:
+    path = place(environ)
+    narrow = profile_of({7: {FUSED: 5.0, UNFUSED: 8.0}})
+    store.save(narrow, path.parent)
+    assert store.load(path) == narrow
+    assert store.load(path.with_suffix(".previous")) == GOOD
+    store.save(GOOD, path.parent)
+    assert store.load(path.with_suffix(".previous")) == narrow
+
+
+def test_a_full_disk_is_an_error_and_leaves_the_old_profile_whole(
+    environ: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = place(environ)
+
+    def full(handle: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(store.os, "fsync", full)
+    with pytest.raises(UnavailableError, match="No space left"):
+        store.save(profile_of({7: {FUSED: 5.0, UNFUSED: 8.0}}), path.parent)
+    assert store.load(path) == GOOD
+    assert [p.name for p in path.parent.iterdir() if p.name.startswith(".writing")] == []
+
+
 def test_a_directory_others_can_write_is_refused(tmp_path: Path) -> None:
     folder = tmp_path / "open"
     folder.mkdir()

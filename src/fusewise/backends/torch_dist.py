@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from typing import TYPE_CHECKING, ClassVar
 
 import torch.distributed as dist
 
 from fusewise.backends.base import Backend
-from fusewise.errors import UnavailableError
+from fusewise.errors import RankTimeoutError, UnavailableError
 from fusewise.profile import Numerics
 
 if TYPE_CHECKING:
@@ -40,8 +41,11 @@ class _TorchDist(Backend):
 
     def all_reduce(self, x: Tensor) -> Tensor:
         out = x.clone()
-        dist.all_reduce(out, group=self.group.process_group)
+        self._sum(out)
         return out
+
+    def _sum(self, out: Tensor) -> None:
+        dist.all_reduce(out, group=self.group.process_group)
 
 
 class Nccl(_TorchDist):
@@ -68,3 +72,15 @@ class Gloo(_TorchDist):
         if node.device_type != "cpu":
             return "reduces CPU tensors only; GPUs use nccl"
         return None if dist.is_gloo_available() else "this torch was built without gloo"
+
+    def _sum(self, out: Tensor) -> None:
+        work = dist.all_reduce(out, group=self.group.process_group, async_op=True)
+        try:
+            work.wait(timedelta(seconds=self.group.timeout_s))
+        except RuntimeError as error:  # gloo's word for a time-out and for a lost peer
+            raise RankTimeoutError(
+                f"gloo all_reduce of {self.group}",
+                expected=f"all ranks within {self.group.timeout_s:g} s",
+                got=str(error).splitlines()[0],
+                hint="Every rank must make the same calls in the same order.",
+            ) from error

@@ -111,7 +111,9 @@ def explain(
         explained = auditing.explain(settings, decision, message_bytes)
         named = {"engine": f"{engine} {settings.version}", **explained.to_record()}
         del named["message_bytes"]
-        facts |= {f"engine_{key}" if key != "engine" else key: v for key, v in named.items()}
+        facts |= {
+            key if key.startswith("engine") else f"engine_{key}": v for key, v in named.items()
+        }
     rows = [
         {"fact": key.replace("_", " "), "value": value}
         for key, value in facts.items()

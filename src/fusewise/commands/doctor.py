@@ -9,6 +9,7 @@ from typing import Any, get_args
 
 from fusewise import store
 from fusewise.commands.options import FormatOption, TpOption, bordered, this_node, write
+from fusewise.errors import FusewiseError
 from fusewise.node import Fingerprint
 from fusewise.report.table import Column, Section
 from fusewise.shape import DType, format_size
@@ -80,7 +81,11 @@ def _backends(node: Fingerprint) -> list[dict[str, Any]]:
 def _profiles(node: Fingerprint) -> list[dict[str, Any]]:
     rows = []
     for dtype in get_args(DType):
-        found = store.find_profile(node, dtype)
+        try:
+            found = store.find_profile(node, dtype)
+        except FusewiseError as error:  # the doctor names what is ill, and goes on
+            rows.append({"fact": dtype, "value": str(error)})
+            continue
         rows.append({"fact": dtype, "value": f"{found.where} ({found.level})"})
         rows += [{"fact": f"{dtype} note", "value": note} for note in found.notes]
     rows.append({"fact": "user's profiles", "value": str(store.user_dir())})

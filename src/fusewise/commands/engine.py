@@ -177,13 +177,20 @@ def _summary(result: auditing.Audit, where: str) -> list[dict[str, object]]:
         ("engine's own cap", _bytes(result.engine_cap_bytes)),
         *(("losing band", band) for band in bands),
         ("cap", _bytes(result.cap.cap_bytes)),
-        ("answered by", f"{result.cap.level} ({result.cap.origin})"),
+        ("answered by", _level(result.cap)),
         ("because", result.cap.why),
         ("cap against the best path known", "unknown" if best is None else _bytes(best)),
         ("flag", result.flag),
         ("environment", result.environment),
     ]
     return [{"fact": fact, "value": value} for fact, value in facts if value is not None]
+
+
+def _level(cap: CapDecision) -> str:
+    """Level and origin; a profile named by a flag is not a cap set by one."""
+    measured = cap.origin in ("measured", "published")
+    named = {"flag": "--profile", "environment": "FUSEWISE_PROFILE"}.get(cap.level, cap.level)
+    return f"{named if measured else cap.level} ({cap.origin})"
 
 
 def _bytes(size: int | None) -> str:
@@ -237,4 +244,4 @@ def _print_cap(decision: CapDecision, settings: VllmSettings) -> None:
     environment = vllm_environment(settings, size)
     if environment:
         typer.echo(environment)
-    typer.echo(f"fusewise: {decision.level} ({decision.origin}): {decision.why}", err=True)
+    typer.echo(f"fusewise: {_level(decision)}: {decision.why}", err=True)

@@ -17,6 +17,7 @@ from fusewise.commands.options import (
     TpOption,
     WithoutOption,
     bordered,
+    check_picture,
     dtypes,
     integers,
     seconds,
@@ -24,6 +25,7 @@ from fusewise.commands.options import (
     write,
     write_picture,
 )
+from fusewise.errors import InputError
 from fusewise.plan import derive
 from fusewise.profile import Profile, Sample
 from fusewise.report.bench import bench as bench_section
@@ -73,17 +75,23 @@ def tune(
     torchrun --nproc-per-node 8 -m fusewise tune. A provider that fails, crashes or hangs is left
     out with its reason.
     """
+    # Before minutes are spent: whether their result can be written.
+    store.private_directory(output or store.user_dir())
+    if plot is not None:
+        check_picture(plot)
     with _team(tp) as team:
         for one in dtypes(dtype):
             settings = _settings(team, hidden, one, min_size, max_size, budget, rounds, without)
             profile = _measure(team, settings)
             if profile is None:
                 continue
-            path = store.save(profile, output)
-            if team.world is not None and team.world.rank != 0:
-                continue
             plan = derive(profile)
-            write(report(profile, plan), fmt)
+            prints = team.world is None or team.world.rank == 0
+            if prints:
+                write(report(profile, plan), fmt)
+            path = store.save(profile, output)
+            if not prints:
+                continue
             typer.echo(f"fusewise: wrote {path}", err=True)
             if plot is not None:
                 write_picture(profile, plan, plot)
@@ -169,8 +177,13 @@ def _settings(
 
 def _known(without: list[str] | None) -> tuple[str, ...]:
     """Checked here, before any rank starts."""
-    from fusewise.backends.registry import select
+    from fusewise.backends.registry import baseline_id, select
 
     names = words(without)
-    select(names)
+    baselines = select(names) & {baseline_id("cuda"), baseline_id("cpu")}
+    if baselines:
+        raise InputError(
+            f"{', '.join(sorted(baselines))} cannot be left out",
+            hint="Every path is compared with torch's own all-reduce.",
+        )
     return names

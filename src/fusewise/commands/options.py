@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import io
 import os
 import re
 import sys
@@ -13,7 +14,7 @@ from typing import Annotated, Any, TypeVar
 import typer
 
 from fusewise import store
-from fusewise.errors import FusewiseError, InputError, ProfileError
+from fusewise.errors import FusewiseError, InputError, ProfileError, UnavailableError
 from fusewise.node import Fingerprint, gpu_count, probe
 from fusewise.report.table import Format, Section, render_sections
 from fusewise.shape import DType, parse_dtype
@@ -37,7 +38,9 @@ HiddenOption = Annotated[
 ]
 TpOption = Annotated[
     int | None,
-    typer.Option("--tp", help="Ranks of one group. Default: one per GPU, or 2 on CPUs."),
+    typer.Option(
+        "--tp", min=1, max=4096, help="Ranks of one group. Default: one per GPU, or 2 on CPUs."
+    ),
 ]
 WithoutOption = Annotated[
     list[str] | None,
@@ -62,13 +65,20 @@ def bordered(command: Command) -> Command:
             # The reader went away (`| head`): what is still buffered must not raise at exit.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise typer.Exit(0) from None
+        except OSError as error:  # a file or stream of the user's: named by the error itself
+            typer.echo(f"fusewise: error: {error}", err=True)
+            raise typer.Exit(UnavailableError.exit_code) from None
 
     return run  # type: ignore[return-value]
 
 
 def write(sections: Sequence[Section], fmt: Format) -> None:
     """Data to stdout, flushed, so that a closed pipe is noticed here."""
+    if sys.stdout is None:
+        raise UnavailableError("stdout is closed", hint="Redirect it to a file or a pipe.")
     text = render_sections(sections, fmt)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal without µ still gets its table
     sys.stdout.write(text if text.endswith("\n") else text + "\n")
     sys.stdout.flush()
 
@@ -82,8 +92,10 @@ def integers(text: str | None, default: Sequence[int]) -> tuple[int, ...]:
     if text is None:
         return tuple(default)
     parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdecimal() and int(part) > 0 for part in parts):
-        raise InputError("not a list of sizes", expected="numbers such as 2048,4096", got=text)
+    if not all(part.isdecimal() and len(part) < 10 and int(part) > 0 for part in parts):
+        raise InputError(
+            "not a list of sizes", expected="numbers such as 2048,4096", got=repr(text[:80])
+        )
     return tuple(int(part) for part in parts)
 
 
@@ -116,11 +128,13 @@ def resolve(profile: str | None, dtype: str, tp: int | None) -> store.Resolution
     Raises:
         ProfileError: the named profile is missing or malformed.
     """
-    if profile is not None:
-        return store.Resolution(store.load(profile), "flag", profile)
-    named = os.environ.get("FUSEWISE_PROFILE")
+    named = profile if profile is not None else os.environ.get("FUSEWISE_PROFILE")
     if named:
-        return store.Resolution(store.load(named), "environment", named)
+        found = store.load(named)
+        ranks = found.fingerprint.world_size
+        if tp not in (None, ranks):
+            raise InputError(f"{named} is of {ranks} ranks", got=f"--tp {tp}")
+        return store.Resolution(found, "environment" if profile is None else "flag", named)
     return store.find_profile(this_node(tp), parse_dtype(dtype))
 
 
@@ -148,6 +162,18 @@ def write_picture(profile: Any, plan: Any, file: Path) -> None:
 
     save(profile, plan, file)
     typer.echo(f"fusewise: wrote {file}", err=True)
+
+
+def check_picture(file: Path) -> None:
+    """Whether a picture can be written there.
+
+    Raises:
+        InputError: another suffix, or no such directory.
+    """
+    if file.suffix.lower() not in (".svg", ".png") or not file.parent.is_dir():
+        raise InputError(
+            "cannot draw there", expected=".svg or .png in a directory that exists", got=str(file)
+        )
 
 
 def dtypes(text: str) -> tuple[DType, ...]:

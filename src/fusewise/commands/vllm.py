@@ -32,6 +32,7 @@ from fusewise.commands.options import (
     write,
 )
 from fusewise.errors import InputError
+from fusewise.integrations.vllm import MODES
 from fusewise.integrations.vllm_node import settings_here
 from fusewise.integrations.vllm_patch import TABLE_FILE, evidence, table_patch
 from fusewise.node import Fingerprint
@@ -133,6 +134,8 @@ def _facts(
     result: Audit | None,
 ) -> list[dict[str, object]]:
     mode = os.environ.get("FUSEWISE_VLLM", "cap")
+    if mode not in MODES:
+        raise InputError("FUSEWISE_VLLM", expected=", ".join(MODES), got=repr(mode))
     today, cap = engine_cap(settings), decision.cap_bytes
     facts: list[tuple[str, object]] = [
         ("vLLM", f"{settings.version}, tables as in {settings.tables.read_in}"),

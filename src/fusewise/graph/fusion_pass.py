@@ -82,6 +82,10 @@ class FusionPass:
         self.sites: list[Site] = []
         self.graphs = 0
 
+    def __deepcopy__(self, memo: dict[int, object]) -> FusionPass:
+        """Itself: Inductor copies its options, and a communicator cannot be copied."""
+        return self
+
     def __call__(self, graph: Graph) -> None:
         """Rewrites the sites of one graph in place. Linear in the number of nodes."""
         before = len(self.sites)

@@ -28,6 +28,10 @@ class PassChain:
     def __init__(self, passes: Sequence[Any]) -> None:
         self.passes = tuple(passes)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> PassChain:
+        """Itself: Inductor copies its options, and a communicator cannot be copied."""
+        return self
+
     def __call__(self, graph: torch.fx.Graph) -> None:
         """Runs each on ``graph``."""
         for one in self.passes:
