@@ -29,10 +29,6 @@ def misbehave(worker: Worker, request: dict[str, Any]) -> str:
         return "done"
     if request["how"] == "crash":
         os.kill(os.getpid(), signal.SIGSEGV)
-    if request["how"] == "killed":
-        os.kill(os.getpid(), signal.SIGKILL)
-    if request["how"] == "exit":
-        os._exit(7)
     if request["how"] == "raise":
         raise UnavailableError("no such thing", hint="Do this.")
     while True:  # spin, silently

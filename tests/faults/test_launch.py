@@ -49,7 +49,6 @@ def _marked(monkeypatch: pytest.MonkeyPatch) -> None:
     ("how", "kind", "reason"),
     [
         ("crash", "died", "was killed by SIGSEGV"),
-        ("exit", "died", "exited with 7"),
         ("raise", "error", "failed with UnavailableError: no such thing. Do this."),
         ("spin", "stalled", "made no progress in time"),
     ],
