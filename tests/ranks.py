@@ -1,4 +1,4 @@
-"""Real ranks for tests: spawned once per call, over gloo or NCCL, always bounded and reaped."""
+"""Real ranks for tests: started once per call, over gloo or NCCL, always bounded and reaped."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-_CONTEXT = multiprocessing.get_context("spawn")
+# Ranks are forked from a server that has imported torch and has no threads and no CUDA context.
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(["torch", "torch.distributed", "fusewise.ops"])
 
 
 def _rank_main(

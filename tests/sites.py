@@ -26,6 +26,32 @@ PATTERNS = (
 )  # fmt: skip
 
 
+def llama(s: Any, w: Any, eps: float = 1e-6) -> Any:
+    h = s.to(torch.float32)
+    h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + eps)
+    return w * h.to(s.dtype)
+
+
+def gemma(s: Any, w: Any) -> Any:
+    h = s.float()
+    h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-6)
+    return (h * (1.0 + w.float())).type_as(s)
+
+
+def power(s: Any, w: Any) -> Any:
+    h = s.float()
+    return w * (h * torch.pow((h * h).mean(-1, keepdim=True) + 1e-6, -0.5)).to(s.dtype)
+
+
+def added(norm: Any, r: Any, y: Any, w: Any) -> Any:
+    s = r + y
+    return norm(s, w), s
+
+
+def torch_norm(s: Any, w: Any) -> Any:
+    return rms_norm(s, (H,), w, 1e-5)
+
+
 def patterns() -> dict[str, Callable[..., Any]]:
     """name → f(x, r, w): the norm, and the sum where it is used again later."""
     _register_engine_ops()
@@ -37,31 +63,10 @@ def patterns() -> dict[str, Callable[..., Any]]:
     def reduce(x: Any) -> Any:
         return fc.all_reduce(x, "sum", world)
 
-    def llama(s: Any, w: Any, eps: float = 1e-6) -> Any:
-        h = s.to(torch.float32)
-        h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + eps)
-        return w * h.to(s.dtype)
-
-    def gemma(s: Any, w: Any) -> Any:
-        h = s.float()
-        h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-6)
-        return (h * (1.0 + w.float())).type_as(s)
-
-    def power(s: Any, w: Any) -> Any:
-        h = s.float()
-        return w * (h * torch.pow((h * h).mean(-1, keepdim=True) + 1e-6, -0.5)).to(s.dtype)
-
     def in_place(x: Any) -> Any:
         y = x * 1
         dist.all_reduce(y)
         return y
-
-    def added(norm: Any, r: Any, y: Any, w: Any) -> Any:
-        s = r + y
-        return norm(s, w), s
-
-    def torch_norm(s: Any, w: Any) -> Any:
-        return rms_norm(s, (H,), w, 1e-5)
 
     def fused_add(x: Any, r: Any, w: Any) -> Any:
         y = reduce(x)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import os
 from functools import cache
 from typing import Any
 
@@ -11,32 +9,18 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from fusewise import Communicator, store
-from fusewise.agreement import fingerprint_of
-from fusewise.bands import Plan
+from fusewise import Communicator
 from fusewise.errors import (
-    DisagreementError,
     FusewiseError,
     InputError,
-    RankTimeoutError,
     UnavailableError,
 )
-from fusewise.group import Group
-from fusewise.profile import Profile
 from fusewise.tuning.verify import normals, reference
+from tests.nodes import GLOO, node_profile, rows_of_64
 from tests.ranks import run_ranks
-from tests.samples import profile_of
 
-SHM, GLOO = "shm.one_shot", "gloo + rms_norm"
 SHAPES = [(1, 64), (3, 64), (17, 2880), (40, 4096), (5, 3584), (1, 8), (131, 200)]
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-
-
-def node_profile(fused_us: float = 1.0) -> Profile:
-    """A profile of this very node that prefers shm (or gloo, when shm is slow) up to 4 MiB."""
-    mark = fingerprint_of(Group())
-    medians = {t: {SHM: fused_us, GLOO: 5.0} for t in (1, 1024)}
-    return profile_of(medians, node=mark, baseline=GLOO, spread=0.0)
 
 
 def worst_error(
@@ -113,7 +97,7 @@ def _behaviour(rank: int) -> dict[str, Any]:
     torch.library.opcheck(ops.all_reduce.default, (x, name), **how)
     arguments = (x, None, weight, 1e-6, 0.0, name)
     found["opcheck"] = torch.library.opcheck(ops.all_reduce_rms_norm.default, arguments, **how)
-    found["beyond"] = comm.decide("all_reduce_rms_norm", _shape(1_000_000)).path
+    found["beyond"] = comm.decide("all_reduce_rms_norm", rows_of_64(1_000_000)).path
     comm.close()
     comm.close()
     for key, call in (
@@ -125,12 +109,6 @@ def _behaviour(rank: int) -> dict[str, Any]:
         except UnavailableError as error:
             found[key] = str(error)
     return found
-
-
-def _shape(tokens: int) -> Any:
-    from fusewise.shape import Shape
-
-    return Shape(tokens, 64)
 
 
 @cache
@@ -148,7 +126,7 @@ def test_awkward_inputs_are_reduced_right(what: str) -> None:
     assert all(found[what] for found in behaviour())
 
 
-def test_leading_dimensions_and_empty_messages_keep_their_shape() -> None:
+def test_leading_dimensions_and_empty_messages_keep_theirrows_of_64() -> None:
     for found in behaviour():
         assert found["deep"] == [(2, 3, 64)] * 2
         assert found["empty"] == [(0, 64)] * 3
@@ -211,158 +189,3 @@ def test_bad_arguments_are_refused_on_every_rank_alike() -> None:
     assert first == second
     assert "expected torch.float32 of shape (64,), got torch.float16" in first["weight dtype"]
     assert "native.one_shot" in first["backend"]
-
-
-class _Lines(logging.Handler):
-    def __init__(self) -> None:
-        super().__init__()
-        self.lines: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.lines.append(record.getMessage())
-
-
-def _profiles(rank: int) -> dict[str, Any]:
-    log, lines = logging.getLogger("fusewise"), _Lines()
-    log.addHandler(lines)
-    found: dict[str, Any] = {}
-    profile = node_profile()
-    for name, mine in {"one without": profile if rank else None,
-                       "different": node_profile(1.0 if rank else 50.0)}.items():  # fmt: skip
-        try:
-            Communicator(profile=mine)
-        except DisagreementError as error:
-            found[name] = str(error)
-    other = profile.model_copy(
-        update={"fingerprint": profile.fingerprint.model_copy(update={"world_size": 8})}
-    )
-    try:
-        Communicator(profile=other)
-    except FusewiseError as error:
-        found["other node"] = str(error)
-    # Only rank 0 finds a profile: the group takes it, so hit or miss is one decision.
-    os.environ["FUSEWISE_HOME"] += str(rank)
-    if rank == 0:
-        store.save(profile)
-    with Communicator() as comm:
-        found["stored on rank 0"] = comm.plans["bfloat16"].digest
-    with Communicator(without=["shm"], profile=profile) as comm:
-        x = torch.randn(2, 64, dtype=torch.bfloat16)
-        comm.all_reduce_rms_norm(x, None, x[0])
-        found["without"] = sorted(comm._backends)
-        found["without path"] = comm.decide("all_reduce_rms_norm", _shape(1)).path
-    missing = profile.model_dump()
-    for path in missing["paths"]:
-        path["name"] = path["name"].replace(SHM, "custom")
-    for sample in missing["samples"]:
-        sample["path"] = sample["path"].replace(SHM, "custom")
-    with Communicator(profile=Profile.model_validate(missing)) as comm:
-        comm.all_reduce_rms_norm(x, None, x[0])
-    comm = Communicator(profile=profile)
-    plan = comm.plans["bfloat16"]
-    found["round trip"] = Plan.from_dict(plan.to_dict()).digest == plan.digest
-    found["lines"] = lines.lines
-    return found
-
-
-@cache
-def profiles() -> list[dict[str, Any]]:
-    return run_ranks(_profiles, 2)
-
-
-@pytest.mark.parametrize("case", ["one without", "different"])
-def test_ranks_with_different_profiles_are_named(case: str) -> None:
-    for found in profiles():
-        assert "ranks disagree at 'profile passed as argument'" in found[case]
-        assert "rank 0: " in found[case]
-        assert "rank 1: " in found[case]
-
-
-def test_a_profile_of_another_node_is_refused() -> None:
-    assert all("world_size: 8 in the profile, 2 here" in f["other node"] for f in profiles())
-
-
-def test_the_group_decides_whether_a_stored_profile_was_hit() -> None:
-    first, second = profiles()
-    assert first["stored on rank 0"] == second["stored on rank 0"]
-    assert first["round trip"]
-
-
-def test_an_excluded_or_missing_backend_leaves_its_sizes_to_the_best_of_the_others() -> None:
-    first, second = profiles()
-    assert (first["without"], first["without path"]) == (["gloo"], GLOO)
-    told = [line for line in first["lines"] if "disabled" in line]
-    assert any("custom is disabled on all ranks" in line for line in told)
-    assert len(told) == len(set(told))
-    assert not [line for line in second["lines"] if "disabled" in line]
-
-
-def _unheard(rank: int) -> dict[str, Any]:
-    """Rank 1 stays away from a call; a profile names a backend that nobody has."""
-    found: dict[str, Any] = {}
-    strange = node_profile().model_dump()
-    for path in strange["paths"]:
-        path["name"] = path["name"].replace(SHM, "warp.drive")
-    for sample in strange["samples"]:
-        sample["path"] = sample["path"].replace(SHM, "warp.drive")
-    with Communicator(profile=Profile.model_validate(strange), timeout_s=30) as comm:
-        found["strange"] = comm.decide("all_reduce_rms_norm", _shape(1)).path
-    comm = Communicator(without=["shm"], timeout_s=2)
-    if rank == 0:
-        try:
-            comm.all_reduce(torch.ones(2, 8))
-        except RankTimeoutError as error:
-            found["alone"] = str(error)
-    Group(timeout_s=30).barrier("end")
-    return found
-
-
-def test_a_missing_peer_is_bounded_also_on_the_baseline() -> None:
-    first, _ = run_ranks(_unheard, 2)
-    assert "all ranks within 2 s" in first["alone"]
-    assert first["strange"] == GLOO, "an unknown backend leaves its sizes to the others"
-
-
-def _groups(rank: int) -> dict[str, Any]:
-    pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
-    trio = dist.new_group([0, 1, 2])
-    found: dict[str, Any] = {}
-    with Communicator(pairs[rank // 2]) as comm:
-        x = torch.full((2, 8), float(rank))
-        found["pair"] = float(comm.all_reduce(x)[0, 0])
-        if rank < 3:
-            with Communicator(trio) as three:
-                found["trio"] = float(three.all_reduce(x)[0, 0])
-                found["both"] = float(comm.all_reduce(x)[0, 0]) if rank < 2 else None
-        else:
-            try:
-                Communicator(trio)
-            except UnavailableError as error:
-                found["outsider"] = str(error)
-    return found
-
-
-def test_several_groups_in_one_job_keep_apart() -> None:
-    found = run_ranks(_groups, 4)
-    assert [f["pair"] for f in found] == [1.0, 1.0, 5.0, 5.0]
-    assert [f["trio"] for f in found[:3]] == [3.0, 3.0, 3.0]
-    assert [f["both"] for f in found[:2]] == [1.0, 1.0]
-    assert "not a member" in found[3]["outsider"]
-
-
-def _alone(rank: int) -> list[float]:
-    with Communicator() as comm:
-        x = torch.full((2, 8), 3.0)
-        out, total = comm.all_reduce_rms_norm(x, None, torch.ones(8))
-        same = total.data_ptr() == x.data_ptr()
-        return [float(out[0, 0]), float(total[0, 0]), float(comm.all_reduce(x)[0, 0]), float(same)]
-
-
-def test_a_group_of_one_only_normalises() -> None:
-    ((out, total, summed, aliased),) = run_ranks(_alone, 1)
-    assert (round(out, 5), total, summed, aliased) == (1.0, 3.0, 3.0, 0.0)
-
-
-def test_without_a_process_group_the_error_says_what_to_call() -> None:
-    with pytest.raises(UnavailableError, match="init_process_group"):
-        Communicator()
