@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import ast
-import os
-import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -111,23 +109,18 @@ def test_the_torch_free_rooms_import_no_torch() -> None:
         "cap --engine vllm --profile nvidia-h200-tp8",
     ],
 )
-def test_reading_commands_start_without_torch_in_half_a_second_of_cpu(command: str) -> None:
+def test_reading_commands_never_import_torch_or_numpy(command: str) -> None:
+    """What keeps them under half a second of CPU; ``benchmarks/startup.py`` measures it."""
     code = (
         "import sys; sys.argv[1:] = sys.argv[1].split(); from fusewise.__main__ import main\n"
         "try: main()\n"
-        "finally: assert 'torch' not in sys.modules"
+        "finally: assert not {'torch', 'numpy', 'matplotlib'} & sys.modules.keys()"
     )
-    spent = [1.0]
-    while min(spent) >= 0.5 and len(spent) <= 6:  # the first compiles bytecode; others share cores
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        run = subprocess.run(
-            [sys.executable, "-c", code, command],
-            capture_output=True, text=True, check=False, env=dict(os.environ),
-        )  # fmt: skip
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        assert run.returncode == 0, run.stderr
-        spent.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
-    assert min(spent) < 0.5
+    run = subprocess.run(
+        [sys.executable, "-c", code, command], capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stdout
 
 
 def test_no_file_names_a_machine_or_leaves_work_undone() -> None:
