@@ -14,7 +14,7 @@ FP8_MAX = 448.0
 MIN_SCALE = 1.0 / (FP8_MAX * 512.0)
 
 
-def check_call(call: Call) -> None:
+def assert_call_is_right(call: Call) -> None:
     """Every rank holds the same bits; the sum is exact, the norm within rounding."""
     dtype, shape = call.x[0].dtype, call.x[0].shape
     sums = call.residual_out if call.fused else call.out
@@ -52,7 +52,7 @@ def _check_fp8(call: Call) -> None:
     _same(call.quantised[0][: shape.numel()].view(shape), expected, "fp8")
 
 
-def check_idle(group: VirtualGroup) -> None:
+def assert_group_is_idle(group: VirtualGroup) -> None:
     """After all calls: slots empty, epochs agreed on, nobody dead."""
     for rank in range(group.world_size):
         assert torch.all(group.slots[rank] == -1), f"rank {rank} left a slot full"

@@ -12,7 +12,7 @@ import pytest
 from fusewise.kernels.config import Instance
 
 from .build import build
-from .checks import check_call, check_idle
+from .checks import assert_call_is_right, assert_group_is_idle
 from .test_kernels_on_cpu import make_call, units
 from .virtual_group import Call, VirtualGroup
 
@@ -64,5 +64,5 @@ def test_outputs_may_be_the_inputs(library: ctypes.CDLL, instance: Instance, see
     finally:
         group.close()
     for call in calls:
-        check_call(call)
-    check_idle(group)
+        assert_call_is_right(call)
+    assert_group_is_idle(group)

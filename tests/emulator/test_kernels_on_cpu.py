@@ -13,7 +13,7 @@ from torch import Tensor
 from fusewise.kernels.config import VECTOR_BYTES, WARP, Instance
 
 from .build import build
-from .checks import check_call, check_idle
+from .checks import assert_call_is_right, assert_group_is_idle
 from .virtual_group import POISON, Call, VirtualGroup
 
 if TYPE_CHECKING:
@@ -106,8 +106,8 @@ def test_calls_of_changing_shapes(library: ctypes.CDLL, world_size: int, seed: i
     ]  # fmt: skip
     group = run_all(library, calls, seed)
     for call in calls:
-        check_call(call)
-    check_idle(group)
+        assert_call_is_right(call)
+    assert_group_is_idle(group)
 
 
 @pytest.mark.parametrize("num_tokens", [*range(1, 18), 31])
@@ -118,8 +118,8 @@ def test_every_small_number_of_tokens(library: ctypes.CDLL, num_tokens: int) -> 
     calls = [make_call(rng.choice(fitting), num_tokens, 72, rng) for _ in range(2)]
     group = run_all(library, calls, num_tokens)
     for call in calls:
-        check_call(call)
-    check_idle(group)
+        assert_call_is_right(call)
+    assert_group_is_idle(group)
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
@@ -131,8 +131,8 @@ def test_one_block_takes_many_rows(library: ctypes.CDLL, world_size: int) -> Non
         call.workers, call.rows_per_tile = 1, 1
     group = run_all(library, calls, world_size)
     for call in calls:
-        check_call(call)
-    check_idle(group)
+        assert_call_is_right(call)
+    assert_group_is_idle(group)
 
 
 QUANTISED = [i for i in INSTANCES if i.output.endswith("Fp8")]
@@ -149,14 +149,14 @@ def test_fp8_equals_a_quantiser_of_the_normal_output(
     calls[2].residual = None
     group = run_all(library, calls, 7)
     for call in calls:
-        check_call(call)
-    check_idle(group)
+        assert_call_is_right(call)
+    assert_group_is_idle(group)
     alone = make_call(instance, 3, 264, rng, normal_output=False)
     beside = make_call(instance, 3, 264, rng)
     beside.x, beside.residual, beside.weight = alone.x, alone.residual, alone.weight
     beside.weight_bias = alone.weight_bias
     run_all(library, [alone, beside], 8)
-    check_call(beside)
+    assert_call_is_right(beside)
     assert torch.equal(alone.quantised[0], beside.quantised[0])
     assert torch.equal(alone.scales[0], beside.scales[0])
     assert torch.all(alone.out[0] == POISON)
@@ -189,8 +189,8 @@ def test_signed_zeros_subnormals_infinities_and_nans(
         x.fill_(-0.0)
     group = run_all(library, [*calls, zeros], 3)
     for call in (*calls, zeros):
-        check_call(call)
-    check_idle(group)
+        assert_call_is_right(call)
+    assert_group_is_idle(group)
 
 
 def test_a_group_goes_on_after_its_streams_ran_empty(library: ctypes.CDLL) -> None:
@@ -201,8 +201,8 @@ def test_a_group_goes_on_after_its_streams_ran_empty(library: ctypes.CDLL) -> No
         calls = [make_call(rng.choice(fitting), rng.randint(1, 4), 264, rng) for _ in range(2)]
         assert group.run(calls, seed) == "none"
         for call in calls:
-            check_call(call)
-        check_idle(group)
+            assert_call_is_right(call)
+        assert_group_is_idle(group)
     group.close()
 
 

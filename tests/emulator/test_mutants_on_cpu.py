@@ -11,7 +11,7 @@ import pytest
 from fusewise.kernels.config import Instance
 
 from .build import KERNELS, build
-from .checks import check_call, check_idle
+from .checks import assert_call_is_right, assert_group_is_idle
 from .test_kernels_on_cpu import every_kind_of_number, make_call, normals, units
 from .virtual_group import VirtualGroup
 
@@ -69,8 +69,8 @@ def fault_of_one_run(library: ctypes.CDLL, seed: int) -> str:
         if fault != "none":
             return fault
         for call in calls:
-            check_call(call)
-        check_idle(group)
+            assert_call_is_right(call)
+        assert_group_is_idle(group)
     except AssertionError as error:
         return str(error)
     finally:

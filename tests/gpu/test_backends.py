@@ -163,7 +163,7 @@ def _awkward(rank: int) -> str:
     return "ok"
 
 
-def _two_answers(answers: list[str]) -> None:
+def _assert_one_answer(answers: list[str]) -> None:
     first, second = answers
     assert first == second, "ranks differ"
     if first.startswith("skip: "):
@@ -173,7 +173,9 @@ def _two_answers(answers: list[str]) -> None:
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("backend_id", BACKENDS)
 def test_exact_at_every_size(backend_id: str) -> None:
-    _two_answers(run_ranks(_sizes, WORLD, backend_id, device="cuda", timeout_s=BUILD_AND_RUN_S))
+    _assert_one_answer(
+        run_ranks(_sizes, WORLD, backend_id, device="cuda", timeout_s=BUILD_AND_RUN_S)
+    )
 
 
 @pytest.mark.timeout(600)
@@ -183,7 +185,7 @@ def test_graphs_replayed_in_random_order(backend_id: str, announced: bool) -> No
     answers = run_ranks(
         _graphs, WORLD, backend_id, announced, device="cuda", timeout_s=BUILD_AND_RUN_S
     )
-    _two_answers(answers)
+    _assert_one_answer(answers)
 
 
 def test_awkward_tensors() -> None:

@@ -59,7 +59,7 @@ def test_parameters_lie_where_the_compiler_puts_them() -> None:
     common = [params.Status, params.GroupParams, params.OutputParams]
     for instance, own in ((INSTANCES[0], params.OneShotParams), (TWO_SHOT, params.TwoShotParams)):
         checks = [check for one in [*common, own] for check in params.layout_checks(one)]
-        build.compile_instance(instance, 90, extra="\n".join(checks))
+        assert build.compile_instance(instance, 90, extra="\n".join(checks))
 
 
 def test_a_wrong_layout_is_refused_by_the_compiler() -> None:

@@ -193,4 +193,5 @@ def test_importing_it_brings_nothing_heavy():
         "heavy = {'torch', 'numpy', 'rich', 'pydantic', 'matplotlib'} & set(sys.modules);"
         "sys.exit(repr(heavy) if heavy else 0)"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    run = subprocess.run([sys.executable, "-c", code], check=False, timeout=60)
+    assert run.returncode == 0
