@@ -22,9 +22,9 @@ from torch._inductor.decomposition import select_decomp_table
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import fusewise
-from fusewise.bands import Band, Plan, Table
 from fusewise.graph.fusion_pass import FusionPass
 from fusewise.node import probe
+from fusewise.profiles.bands import Band, Plan, Table
 
 HIDDEN, HEADS, TOKENS = 2048, 16, 64
 WIDTH = HIDDEN // HEADS

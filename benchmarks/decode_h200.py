@@ -14,11 +14,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-from fusewise import store
-from fusewise.backends.registry import backend_of
 from fusewise.node import gpu_count
-from fusewise.plan import derive
-from fusewise.profile import UNFUSED_SUFFIX
+from fusewise.operation import backend_of, is_unfused
+from fusewise.profiles import store
+from fusewise.profiles.plan import derive
 
 RESULTS = Path(__file__).parent / "results"
 BATCHES = "1,8,64,96,128,256"
@@ -35,7 +34,7 @@ def left_out(profile: str) -> list[str]:
     """Our own kernels, and every fast unfused backend that the plan uses somewhere."""
     measured = store.load(profile)
     providers = {path.provider for path in measured.paths}
-    unfused = {p for p in derive(measured).paths() if p.endswith(UNFUSED_SUFFIX)}
+    unfused = {p for p in derive(measured).paths() if is_unfused(p)}
     fast = {backend_of(path) for path in unfused - {measured.baseline}}
     return [*(["native"] if "native" in providers else []), *sorted(fast)]
 

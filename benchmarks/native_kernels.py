@@ -22,21 +22,23 @@ import torch.distributed as dist
 from native_summary import summary
 
 import fusewise
-from fusewise.agreement import build_backend, fingerprint_of
-from fusewise.backends.native import OneShot
+from fusewise.backends.native.cuda import prepare
+from fusewise.backends.native.fp8 import Fp8
+from fusewise.backends.native.strategies import OneShot
+from fusewise.backends.native.variants import WARP, bound, round_up
 from fusewise.backends.registry import ids_for
+from fusewise.backends.steps import build_backend
 from fusewise.backends.torch_dist import Nccl
-from fusewise.communicator import Communicator
-from fusewise.group import Group
-from fusewise.intervals import median_interval
-from fusewise.kernels import prepare
-from fusewise.kernels.config import WARP, bound, round_up
-from fusewise.kernels.fp8 import Fp8
 from fusewise.node import Fingerprint
-from fusewise.profile import Profile, Provenance, Sample
-from fusewise.shape import Op, Shape, size_grid
-from fusewise.tuning.timing import Arena, Buffers, Runner, captured, interleave
-from fusewise.tuning.verify import EPS, check_all_reduce, check_all_reduce_rms_norm
+from fusewise.operation import Op
+from fusewise.profiles.intervals import median_interval
+from fusewise.profiles.schema import Profile, Provenance, Sample
+from fusewise.ranks.agreement import fingerprint_of
+from fusewise.ranks.group import Group
+from fusewise.run.communicator import Communicator
+from fusewise.shape import Shape, size_grid
+from fusewise.tune.timing import Arena, Buffers, Runner, captured, interleave
+from fusewise.tune.verify import EPS, check_all_reduce, check_all_reduce_rms_norm
 
 OPS: tuple[Op, ...] = ("all_reduce_rms_norm", "all_reduce")
 BANDWIDTH_BYTES = 256 * 2**20
@@ -165,7 +167,7 @@ def store_bandwidth(group: Group) -> float:
     """GB/s per direction of plain 16-byte stores to the next rank, all ranks at once."""
     from cuda.core import Device, LaunchConfig, Program, ProgramOptions, launch
 
-    from fusewise.workspace import _rendezvous, _symmetric_bytes
+    from fusewise.backends.native.workspace import _rendezvous, _symmetric_bytes
 
     device = Device(group.device.index)
     device.set_current()

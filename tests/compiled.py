@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from fusewise.node import probe
-from fusewise.profile import PathRecord, Profile, Provenance, Sample
+from fusewise.profiles.schema import PathRecord, Profile, Provenance, Sample
 from fusewise.shape import parse_dtype
 
 FUSED, UNFUSED = "shm.one_shot", "gloo + rms_norm"

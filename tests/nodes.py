@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from fusewise.agreement import fingerprint_of
-from fusewise.group import Group
-from fusewise.profile import Profile
+from fusewise.profiles.schema import Profile
+from fusewise.ranks.agreement import fingerprint_of
+from fusewise.ranks.group import Group
 from fusewise.shape import Shape
 from tests.samples import profile_of
 

@@ -13,7 +13,7 @@ from typing import Any
 
 # Ranks are forked from a server that has imported torch and has no threads and no CUDA context.
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["torch", "torch.distributed", "fusewise.ops"])
+_CONTEXT.set_forkserver_preload(["torch", "torch.distributed", "fusewise.run.operators"])
 
 
 def _rank_main(

@@ -6,7 +6,7 @@ import random
 from collections.abc import Mapping
 
 from fusewise.node import Fingerprint
-from fusewise.profile import Numerics, PathRecord, Profile, Provenance, Sample
+from fusewise.profiles.schema import Numerics, PathRecord, Profile, Provenance, Sample
 
 FUSED, UNFUSED = "flashinfer.one_shot", "nccl + rms_norm"
 EXACT = Numerics(accumulation="float32", order="rank", rounds_sum=False)

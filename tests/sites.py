@@ -14,7 +14,7 @@ import torch.distributed._functional_collectives as fc
 from torch import Tensor
 from torch.nn.functional import rms_norm
 
-from fusewise.kernels.norm import residual_rms_norm
+from fusewise.backends.norm import residual_rms_norm
 
 H = 64
 PATTERNS = (

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch._inductor.decomposition import select_decomp_table
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from fusewise.bands import Band, Plan, Table
 from fusewise.graph.fusion_pass import FusionPass
+from fusewise.profiles.bands import Band, Plan, Table
 from fusewise.shape import DType
 
 H = 64

@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 import torch
 
-from fusewise.bands import Band, Plan, Table
+from fusewise.backends.norm import residual_rms_norm
+from fusewise.engines.vllm import takeover as vllm_worker
+from fusewise.engines.vllm.router import Router
 from fusewise.errors import DisagreementError
-from fusewise.integrations import vllm_worker
-from fusewise.integrations.vllm_full import Router
-from fusewise.kernels.norm import residual_rms_norm
 from fusewise.node import Fingerprint
-from fusewise.profile import PathRecord, Profile, Provenance, Sample
+from fusewise.profiles.bands import Band, Plan, Table
+from fusewise.profiles.schema import PathRecord, Profile, Provenance, Sample
 from fusewise.shape import Shape
 
 KIB, MIB = 2**10, 2**20
@@ -170,9 +170,9 @@ class Worker:
         found = SimpleNamespace(profile=profile)
         monkeypatch.setattr(vllm_worker, "find_profile", lambda node, dtype: found)
         group = SimpleNamespace(rank=0, agree=self.agree)
-        monkeypatch.setattr("fusewise.group.Group", lambda process_group: group)
-        monkeypatch.setattr("fusewise.agreement.fingerprint_of", lambda group: node)
-        monkeypatch.setattr("fusewise.agreement.build_backend", self.build)
+        monkeypatch.setattr("fusewise.ranks.group.Group", lambda process_group: group)
+        monkeypatch.setattr("fusewise.ranks.agreement.fingerprint_of", lambda group: node)
+        monkeypatch.setattr("fusewise.backends.steps.build_backend", self.build)
         self.vllm = SimpleNamespace(
             unique_name="tp:0",
             world_size=2,

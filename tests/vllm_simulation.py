@@ -162,8 +162,9 @@ def _pretences(scenario: Scenario) -> Any:
     """What stands between the plugin and this machine."""
     import contextlib
 
+    from fusewise.engines.vllm import narrow as vllm_cap
+    from fusewise.engines.vllm import seams as vllm_seams
     from fusewise.errors import UnavailableError
-    from fusewise.integrations import vllm_cap, vllm_seams
     from fusewise.node import Fingerprint
 
     def probe(world_size: int) -> Fingerprint:
@@ -230,7 +231,8 @@ def _give_model(config: Any, scenario: Scenario) -> None:
 
 
 def _facts(config: Any, scenario: Scenario, table: Any) -> dict[str, Any]:
-    from fusewise.integrations import vllm_cap, vllm_seams
+    from fusewise.engines.vllm import narrow as vllm_cap
+    from fusewise.engines.vllm import seams as vllm_seams
 
     passes = config.compilation_config.pass_config
     shipped = pickle.loads(pickle.dumps(passes))  # as vLLM ships it to its workers

@@ -34,7 +34,7 @@ DOWNLOAD_TIMEOUT_S = 600
 
 _COMMUNICATORS = "distributed/device_communicators"
 _FUSION = "compilation/passes/fusion/allreduce_rms_fusion.py"
-# Our name in thresholds' tables → where vLLM keeps it.
+# Our name in engines/vllm/tables.py → where vLLM keeps it.
 TABLES = {
     "fusion": (_FUSION, "FI_ALLREDUCE_FUSION_MAX_SIZE_MB"),
     "one_shot": (_FUSION, "_FI_ALLREDUCE_ONE_SHOT_MAX_SIZES_MB"),
@@ -154,7 +154,7 @@ def _fused_call(file: Path) -> list[list[str]]:
 
 def seam_places() -> dict[str, str]:
     """The plugin's seams: name → ``module:qualified.name``."""
-    from fusewise.integrations import vllm_seams
+    from fusewise.engines.vllm import seams as vllm_seams
 
     seams = (
         *vllm_seams.CONFIG_SEAMS,

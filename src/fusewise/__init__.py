@@ -12,20 +12,20 @@ if TYPE_CHECKING:
     from fusewise.errors import FusewiseError as FusewiseError
     from fusewise.graph.api import compile as compile
     from fusewise.graph.api import fusion_pass as fusion_pass
-    from fusewise.ops import Communicator as Communicator
-    from fusewise.plan import derive as derive
-    from fusewise.profile import Profile as Profile
+    from fusewise.profiles.plan import derive as derive
+    from fusewise.profiles.schema import Profile as Profile
+    from fusewise.run.operators import Communicator as Communicator
     from fusewise.shape import Shape as Shape
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "Communicator": "fusewise.ops",  # brings the torch operators along
+    "Communicator": "fusewise.run.operators",  # brings the torch operators along
     "FusewiseError": "fusewise.errors",
-    "Profile": "fusewise.profile",
+    "Profile": "fusewise.profiles.schema",
     "Shape": "fusewise.shape",
     "compile": "fusewise.graph.api",
-    "derive": "fusewise.plan",
+    "derive": "fusewise.profiles.plan",
     "fusion_pass": "fusewise.graph.api",
 }
 

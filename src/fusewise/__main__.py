@@ -10,7 +10,7 @@ def main() -> None:
     """Runs the command line; an interruption while it is still being imported is one too."""
     try:
         gc.disable()  # modules are not garbage; collecting among them is a tenth of the start
-        from fusewise.cli import app
+        from fusewise.commands.app import app
 
         gc.enable()
         app()

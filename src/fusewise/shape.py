@@ -13,7 +13,6 @@ from typing import Literal
 from fusewise.errors import InputError
 
 DType = Literal["bfloat16", "float16", "float32"]
-Op = Literal["all_reduce_rms_norm", "all_reduce"]
 
 ELEMENT_BYTES: dict[DType, int] = {"bfloat16": 2, "float16": 2, "float32": 4}
 DTYPE_ALIASES: dict[str, DType] = {

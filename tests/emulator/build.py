@@ -13,13 +13,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-import fusewise.kernels
+import fusewise.backends.native.cuda
 
 if TYPE_CHECKING:
-    from fusewise.kernels.config import Instance
+    from fusewise.backends.native.variants import Instance
 
 HERE = Path(__file__).parent
-KERNELS = Path(fusewise.kernels.__file__).parent
+KERNELS = Path(fusewise.backends.native.cuda.__file__).parent
 FLAGS = ["-std=c++17", "-O1", "-fPIC", "-ffp-contract=off", "-fno-gnu-unique", "-U_FORTIFY_SOURCE",
          "-Wno-unknown-pragmas", f"-I{HERE}"]  # fmt: skip
 COPY = 0  # the table's first entry

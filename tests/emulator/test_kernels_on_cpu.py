@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fusewise.kernels.config import VECTOR_BYTES, WARP, Instance
+from fusewise.backends.native.variants import VECTOR_BYTES, WARP, Instance
 
 from .build import build
 from .checks import assert_call_is_right, assert_group_is_idle

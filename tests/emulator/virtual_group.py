@@ -9,8 +9,19 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from fusewise.kernels.config import UNIT_BYTES, VECTOR_BYTES, WARP, Instance, units_per_row
-from fusewise.kernels.params import GroupParams, OneShotParams, OutputParams, TwoShotParams
+from fusewise.backends.native.cuda.params import (
+    GroupParams,
+    OneShotParams,
+    OutputParams,
+    TwoShotParams,
+)
+from fusewise.backends.native.variants import (
+    UNIT_BYTES,
+    VECTOR_BYTES,
+    WARP,
+    Instance,
+    units_per_row,
+)
 
 from .build import COPY, CopyParams
 

@@ -7,14 +7,13 @@ import signal
 import time
 from typing import Any
 
-from fusewise import agreement
-from fusewise.backends import registry
+from fusewise.backends import registry, steps
 from fusewise.backends.base import Backend
 from fusewise.backends.shm import OneShot as Shm
 from fusewise.errors import UnavailableError
-from fusewise.profile import Numerics
-from fusewise.tuning import job
-from fusewise.worker import Worker
+from fusewise.profiles.schema import Numerics
+from fusewise.ranks.worker import Worker
+from fusewise.tune import job
 
 
 def misbehave(worker: Worker, request: dict[str, Any]) -> str:
@@ -119,6 +118,6 @@ def tune_with_fakes(worker: Worker, request: dict[str, Any]) -> str | None:
         real_phase(text, provider, 5.0 if provider == Spins.id else allow_s)
 
     registry._CPU.update(dict.fromkeys(FAKES, "fakes:none"))
-    agreement.backend_class = backend_class
+    steps.backend_class = backend_class
     worker.phase = phase  # type: ignore[method-assign]
     return job.tune_rank(worker, request)

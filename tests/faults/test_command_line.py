@@ -23,7 +23,11 @@ def _workers(home: Path) -> list[int]:
         try:
             zombie = (folder / "stat").read_text().rsplit(")", 1)[1].split()[0] == "Z"
             ours = mark in (folder / "environ").read_bytes()
-            if ours and not zombie and b"fusewise.worker" in (folder / "cmdline").read_bytes():
+            if (
+                ours
+                and not zombie
+                and b"fusewise.ranks.worker" in (folder / "cmdline").read_bytes()
+            ):
                 found.append(int(folder.name))
         except OSError:  # it ended meanwhile
             continue

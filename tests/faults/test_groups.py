@@ -11,7 +11,7 @@ import torch
 
 from fusewise.backends import shm
 from fusewise.errors import DisagreementError, RankError, RankTimeoutError, WorkspaceError
-from fusewise.group import Group
+from fusewise.ranks.group import Group
 from fusewise.shape import Shape
 from tests.ranks import run_ranks
 

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from fusewise.errors import InputError, RankError
-from fusewise.launch import Failure, run_attempt
-from fusewise.teams import Team, local_team
-from fusewise.tuning import supervise
-from fusewise.tuning.settings import Settings
+from fusewise.ranks.supervisor import Failure, run_attempt
+from fusewise.ranks.teams import Team, local_team
+from fusewise.tune import supervise
+from fusewise.tune.settings import Settings
 from tests.faults.jobs import FAKES
 
 TWO = Team(2, (0, 1), (0, 1), "cpu")
@@ -31,7 +31,7 @@ def workers_alive() -> list[str]:
     mark, found = f"FUSEWISE_TEST_RUN={os.getpid()}".encode(), []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
-            if b"fusewise.worker" in (folder / "cmdline").read_bytes():
+            if b"fusewise.ranks.worker" in (folder / "cmdline").read_bytes():
                 state = (folder / "stat").read_text().rsplit(")", 1)[1].split()[0]
                 if mark in (folder / "environ").read_bytes() and state != "Z":
                     found.append(folder.name)

@@ -28,9 +28,10 @@ def _build(backend_id: str) -> tuple[Any, Any, str]:
 
     A backend that says it is available must be built; anything else fails the test.
     """
-    from fusewise.agreement import build_backend, fingerprint_of
     from fusewise.backends.registry import backend_class
-    from fusewise.group import Group
+    from fusewise.backends.steps import build_backend
+    from fusewise.ranks.agreement import fingerprint_of
+    from fusewise.ranks.group import Group
     from fusewise.shape import Shape
 
     group = Group(timeout_s=300)
@@ -44,7 +45,7 @@ def _build(backend_id: str) -> tuple[Any, Any, str]:
 
 
 def _inputs(group: Any, shape: Any, seed: int) -> list[torch.Tensor]:
-    from fusewise.tuning.verify import integers
+    from fusewise.tune.verify import integers
 
     return [integers(shape, rank, group.device, seed) for rank in range(group.world_size)]
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from fusewise.kernels.build import missing_compiler
+from fusewise.backends.native.cuda.build import missing_compiler
 from tests.ranks import run_ranks
 
 pytestmark = [
@@ -25,8 +25,8 @@ TOKENS = (*range(1, 18), 31, 127, 509)
 
 
 def _backend(timeout_s: float = 60.0, max_tokens: int = 16384) -> Any:
-    from fusewise.backends.native import OneShot
-    from fusewise.group import Group
+    from fusewise.backends.native.strategies import OneShot
+    from fusewise.ranks.group import Group
     from fusewise.shape import Shape
 
     return OneShot(Group(timeout_s=timeout_s), Shape(max_tokens, 2048))
@@ -34,7 +34,7 @@ def _backend(timeout_s: float = 60.0, max_tokens: int = 16384) -> Any:
 
 def _operands(backend: Any, shape: Any, seed: int, whole: bool) -> tuple[Any, Any, Any, Any]:
     """This rank's x, everybody's x, a residual and a weight; whole numbers or normals."""
-    from fusewise.tuning.verify import dtype_of
+    from fusewise.tune.verify import dtype_of
 
     generator = torch.Generator().manual_seed(seed)
     size = (1 + WORLD, shape.num_tokens, shape.hidden_size)
@@ -227,7 +227,7 @@ def test_a_missing_rank_is_named_within_the_bound() -> None:
 
 def _one_fails(rank: int, step: str) -> str:
     """A rank whose step throws: all ranks get an error, at once, and can build again."""
-    from fusewise import workspace
+    from fusewise.backends.native import workspace
     from fusewise.errors import UnavailableError
 
     kept = getattr(workspace, step)
@@ -269,7 +269,7 @@ def test_closing_gives_the_memory_back() -> None:
 
 
 def _fp8(rank: int) -> str:
-    from fusewise.kernels.fp8 import Fp8, quantise
+    from fusewise.backends.native.fp8 import Fp8, quantise
     from fusewise.shape import Shape
 
     backend = _backend()

@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 import torch
 
-from fusewise.backends.registry import backend_class, backend_of
-from fusewise.plan import derive
-from fusewise.profile import Profile, parse_profile
-from fusewise.teams import local_team
-from fusewise.tuning.settings import Settings
-from fusewise.tuning.supervise import tune_team
+from fusewise.backends.registry import backend_class
+from fusewise.operation import backend_of
+from fusewise.profiles.plan import derive
+from fusewise.profiles.schema import Profile, parse_profile
+from fusewise.ranks.teams import local_team
+from fusewise.tune.settings import Settings
+from fusewise.tune.supervise import tune_team
 from tests.ranks import run_ranks
 
 pytestmark = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
@@ -41,7 +42,7 @@ def test_what_says_it_is_available_is_verified_and_timed(profile: Profile) -> No
 def _captured(rank: int, text: str) -> list[float]:
     from fusewise import Communicator
     from fusewise.shape import Shape
-    from fusewise.tuning.verify import normals, reference
+    from fusewise.tune.verify import normals, reference
 
     device = torch.device("cuda", rank)
     errors = []

@@ -8,22 +8,22 @@ from __future__ import annotations
 
 import ctypes
 import random
-from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
+from fusewise.backends.native.cuda.build import missing_compiler
+from fusewise.backends.native.cuda.launch import PreparedLaunch
+from fusewise.backends.native.cuda.params import Status
+from fusewise.backends.native.cuda.prepare import group_params, one_shot, two_shot
+from fusewise.backends.native.fp8 import Fp8, quantise
+from fusewise.backends.native.variants import Output
+from fusewise.backends.native.workspace import SlotLayout
+from fusewise.backends.norm import residual_rms_norm
 from fusewise.errors import InputError
-from fusewise.kernels.build import missing_compiler
-from fusewise.kernels.config import Output
-from fusewise.kernels.fp8 import Fp8, quantise
-from fusewise.kernels.launch import Kernels, PreparedLaunch
-from fusewise.kernels.norm import residual_rms_norm
-from fusewise.kernels.params import Status, VirtualParams
-from fusewise.kernels.prepare import group_params, one_shot, two_shot
 from fusewise.shape import Shape
-from fusewise.workspace import SlotLayout
+from tests.emulator.virtual import VirtualKernels, VirtualParams
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
@@ -50,7 +50,7 @@ class Ranks:
         self.strategy, self.world_size, self.timeout_s = strategy, world_size, timeout_s
         facts = torch.cuda.get_device_properties(0)
         self.sm = 10 * facts.major + facts.minor
-        self.kernels = Kernels(self.sm, facts.multi_processor_count)
+        self.kernels = VirtualKernels(self.sm, facts.multi_processor_count)
         layout = STRATEGIES[strategy][1](MOST, world_size).with_slack(MOST.message_bytes)
         size = layout.size_bytes
         self.slots = [torch.full((size,), 255, dtype=torch.uint8, device="cuda")
@@ -94,9 +94,8 @@ class Call:
             launch, params = self._parameters(ranks, rank)
             entries += bytes(params)
         self._array = torch.frombuffer(bytearray(entries), dtype=torch.uint8).cuda()
-        instance = replace(launch.instance, kernel=f"{ranks.strategy}_virtual")
         self._run: PreparedLaunch = ranks.kernels.prepare(
-            replace(launch, instance=instance), VirtualParams(self._array.data_ptr()), present
+            launch, VirtualParams(self._array.data_ptr()), present
         )
 
     def _parameters(self, ranks: Ranks, rank: int) -> tuple[Any, ctypes.Structure]:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from fusewise.bands import Band, Plan, Table
+from fusewise.profiles.bands import Band, Plan, Table
 from tests.ranks import run_ranks
 
 pytestmark = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
@@ -30,9 +30,10 @@ def _plan() -> Plan:
 def _route(rank: int, num_tokens: int) -> list[Any]:
     import torch.distributed as dist
 
-    from fusewise.agreement import build_backend, fingerprint_of
-    from fusewise.group import Group
-    from fusewise.integrations.vllm_full import Router
+    from fusewise.backends.steps import build_backend
+    from fusewise.engines.vllm.router import Router
+    from fusewise.ranks.agreement import fingerprint_of
+    from fusewise.ranks.group import Group
     from fusewise.shape import Shape
 
     def plain(x: torch.Tensor) -> torch.Tensor:

@@ -15,7 +15,7 @@ from fusewise.errors import (
     InputError,
     UnavailableError,
 )
-from fusewise.tuning.verify import normals, reference
+from fusewise.tune.verify import normals, reference
 from tests.nodes import GLOO, node_profile, rows_of_64
 from tests.ranks import run_ranks
 

@@ -11,16 +11,17 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from fusewise import Communicator, store
-from fusewise.bands import Plan
+from fusewise import Communicator
 from fusewise.errors import (
     DisagreementError,
     FusewiseError,
     RankTimeoutError,
     UnavailableError,
 )
-from fusewise.group import Group
-from fusewise.profile import Profile
+from fusewise.profiles import store
+from fusewise.profiles.bands import Plan
+from fusewise.profiles.schema import Profile
+from fusewise.ranks.group import Group
 from tests.nodes import GLOO, SHM, node_profile, rows_of_64
 from tests.ranks import run_ranks
 

@@ -31,9 +31,9 @@ def _three_compiles(rank: int, cache: str) -> list[dict[str, Any]]:
 
     The second goes by ``compile(profile=...)``, which makes its communicator and pass itself.
     """
-    from fusewise.communicator import Communicator, communicator_for
     from fusewise.graph.api import compile as compile_model
     from fusewise.graph.api import fusion_pass
+    from fusewise.run.communicator import Communicator, communicator_for
 
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(Path(cache) / str(rank))
     results = []

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch.distributed.tensor import DTensor
 
-from fusewise.communicator import Communicator
 from fusewise.decode.models import build_model, shape_named
 from fusewise.graph.api import fusion_pass
 from fusewise.graph.interpreted import interpreted_backend
+from fusewise.run.communicator import Communicator
 from tests.compiled import boundary_profile, count
 from tests.ranks import run_ranks
 

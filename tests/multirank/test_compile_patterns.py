@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from fusewise.communicator import Communicator
 from fusewise.graph.api import fusion_pass
 from fusewise.graph.interpreted import interpreted_backend
+from fusewise.run.communicator import Communicator
 from tests.compiled import boundary_profile, count
 from tests.ranks import run_ranks
 from tests.sites import PATTERNS, H, patterns

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from fusewise import store
-from fusewise.plan import derive
-from fusewise.profile import Profile
+from fusewise.profiles import store
+from fusewise.profiles.plan import derive
+from fusewise.profiles.schema import Profile
 
 SMALL = (
     "tune", "--hidden", "64,128", "--min-bytes", "1K", "--max-bytes", "16K", "--budget", "4s",

@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 
-from fusewise.audit import audit, explain
-from fusewise.cap import ExplicitCap, decide_cap
+from fusewise.engines.audit import audit, explain
+from fusewise.engines.cap import ExplicitCap, decide_cap
+from fusewise.engines.vllm.dispatch import VllmSettings
 from fusewise.errors import InputError, StaleProfileError
 from fusewise.node import Fingerprint
-from fusewise.profile import PathRecord, Profile, Provenance, Sample
-from fusewise.store import load
-from fusewise.thresholds import VllmSettings
+from fusewise.profiles.schema import PathRecord, Profile, Provenance, Sample
+from fusewise.profiles.store import load
 
 SEED = VllmSettings(version="0.33", sm=90, world_size=8, multicast=True)
 MIB = 2**20

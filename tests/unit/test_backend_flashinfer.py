@@ -13,8 +13,8 @@ import torch
 
 from fusewise.backends import flashinfer, flashinfer_limits
 from fusewise.backends.base import Backend
+from fusewise.backends.norm import residual_rms_norm
 from fusewise.errors import InputError, UnavailableError
-from fusewise.kernels.norm import residual_rms_norm
 from fusewise.shape import DType, Shape
 from tests.provider_fakes import FakeComm, Fakes, FakeVllm, MirrorGroup, check_reduces, rows
 

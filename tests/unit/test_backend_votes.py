@@ -26,7 +26,7 @@ def _fail_in_each_step(rank: int) -> list[str]:
     """Builds each backend with one step failing on rank 1; the errors as this rank sees them."""
     from fusewise.backends import custom, flashinfer
     from fusewise.errors import UnavailableError
-    from fusewise.group import Group
+    from fusewise.ranks.group import Group
     from fusewise.shape import Shape
 
     group, told = Group(timeout_s=20), []
@@ -57,7 +57,7 @@ def _capture_different_graphs(rank: int) -> str:
 
     from fusewise.backends import custom
     from fusewise.errors import RankError
-    from fusewise.group import Group
+    from fusewise.ranks.group import Group
     from fusewise.shape import Shape
 
     fakes = Fakes()

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from fusewise import store
-from fusewise.cli import app
 from fusewise.commands import options
+from fusewise.commands.app import app
 from fusewise.errors import InputError
 from fusewise.node import probe
-from fusewise.tuning.settings import Settings
+from fusewise.profiles import store
+from fusewise.tune.settings import Settings
 from tests.samples import FUSED, UNFUSED, profile_of
 
 SEED = ("--profile", "nvidia-h200-tp8")

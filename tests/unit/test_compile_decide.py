@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from fusewise.bands import Band, Plan, Table, default_plan
 from fusewise.graph.decide import Choice, TokenRange, bands_between, decide
-from fusewise.profile import UNFUSED_SUFFIX
-from fusewise.shape import Op
+from fusewise.operation import Op, unfused_path
+from fusewise.profiles.bands import Band, Plan, Table, default_plan
 
 HIDDEN = 1024  # bf16: 2 KiB per token
 ROW = 2 * HIDDEN
-NCCL = "nccl" + UNFUSED_SUFFIX
+NCCL = unfused_path("nccl")
 
 
 def _table(op: Op, *bands: tuple[int, str]) -> Table:
@@ -60,7 +59,7 @@ def test_without_a_measurement_everything_is_left() -> None:
 
 
 def test_a_better_all_reduce_replaces_torchs_own_where_the_unfused_side_wins() -> None:
-    multimem = "multimem" + UNFUSED_SUFFIX
+    multimem = unfused_path("multimem")
     tables = (
         _table("all_reduce_rms_norm", (0, "native.one_shot"), (64, multimem), (512, NCCL)),
         _table("all_reduce", (0, "symm_mem.one_shot"), (64, "multimem"), (512, "nccl")),

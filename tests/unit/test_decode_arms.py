@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import pytest
 
-from fusewise import audit as auditing
-from fusewise import store
 from fusewise.decode.arms import Arm, arms_for, profile_without
 from fusewise.decode.results import document, records, section
 from fusewise.decode.settings import DecodeSettings
+from fusewise.engines import audit as auditing
+from fusewise.engines.vllm.dispatch import VllmSettings
 from fusewise.errors import InputError
 from fusewise.graph.decide import TokenRange, decide
-from fusewise.plan import derive
-from fusewise.profile import UNFUSED_SUFFIX, Profile
+from fusewise.operation import all_reduce_of
+from fusewise.profiles import store
+from fusewise.profiles.plan import derive
+from fusewise.profiles.schema import Profile
 from fusewise.shape import parse_size
-from fusewise.thresholds import VllmSettings
 
 HIDDEN = 2048  # 4 KiB per token in bf16
 SEED = VllmSettings("0.20", sm=90, world_size=8, multicast=True)
@@ -49,7 +50,7 @@ def test_the_seeds_arms_differ_exactly_in_the_losing_band(seed: Profile) -> None
 
 def test_an_engines_arm_names_only_paths_that_were_measured(seed: Profile) -> None:
     measured = {path.name for path in seed.paths} | {seed.baseline}
-    bare = {name.removesuffix(UNFUSED_SUFFIX) for name in measured}
+    bare = {all_reduce_of(name) for name in measured}
     for arm in arms_for(seed, HIDDEN, SEED):
         assert arm.plan.paths() <= measured | bare
 

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from fusewise.intervals import median, median_interval, paired_interval
+from fusewise.profiles.intervals import median, median_interval, paired_interval
 
 
 def test_the_interval_is_that_of_a_long_resampling() -> None:

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from fusewise.backends import native_base
-from fusewise.backends.native import OneShot, TwoShot
+from fusewise.backends.native import backend as native_base
+from fusewise.backends.native.cuda.launch import Kernels
+from fusewise.backends.native.fp8 import Fp8
+from fusewise.backends.native.strategies import OneShot, TwoShot
 from fusewise.errors import InputError, RankTimeoutError, UnavailableError
-from fusewise.kernels.fp8 import Fp8
-from fusewise.kernels.launch import Kernels
 from fusewise.node import Fingerprint
 from fusewise.shape import Shape
 from tests.provider_fakes import MirrorGroup

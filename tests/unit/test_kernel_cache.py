@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from fusewise.kernels import build, cubin_cache
-from fusewise.kernels.config import Instance
-from fusewise.kernels.cubin_cache import CubinCache
+from fusewise.backends.native.cuda import build, cubin_cache
+from fusewise.backends.native.cuda.cubin_cache import CubinCache
+from fusewise.backends.native.variants import Instance
 
 CODE = b"\x7fELF some machine code"
 KEY = "0" * 64

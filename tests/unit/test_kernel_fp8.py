@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from fusewise.backends.native.fp8 import FP8_MAX, GROUP, MIN_SCALE, Fp8, quantise
 from fusewise.errors import InputError
-from fusewise.kernels.fp8 import FP8_MAX, GROUP, MIN_SCALE, Fp8, quantise
 
 
 def test_a_tokens_largest_element_becomes_448() -> None:

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from fusewise import workspace
-from fusewise.backends.native import OneShot
+from fusewise.backends.native import workspace
+from fusewise.backends.native.cuda.launch import Kernels
+from fusewise.backends.native.strategies import OneShot
 from fusewise.errors import UnavailableError
-from fusewise.kernels.launch import Kernels
 from fusewise.shape import Shape
 
 pytest.importorskip("cuda.core", reason='needs pip install "fusewise[cuda]"')

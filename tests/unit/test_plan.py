@@ -4,9 +4,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fusewise.bands import Band, Plan, Table, default_plan
 from fusewise.errors import ProfileError
-from fusewise.plan import constant_in_bytes, crossovers, decide_points, derive
+from fusewise.profiles.bands import Band, Plan, Table, default_plan
+from fusewise.profiles.plan import constant_in_bytes, crossovers, decide_points, derive
 from fusewise.shape import format_size
 from tests.samples import FUSED, UNFUSED, profile_of
 

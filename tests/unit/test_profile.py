@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fusewise.errors import ProfileError
-from fusewise.profile import Profile, parse_profile
+from fusewise.profiles.schema import Profile, parse_profile
 from tests.samples import FUSED, NODE, UNFUSED, profile_of
 
 GOOD = profile_of({1: {FUSED: 5.0, UNFUSED: 8.0}, 64: {FUSED: 5.3, UNFUSED: 6.8}})

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fusewise.kernels.protocol import MUTATIONS, UNIT_WORDS, Call, Layout, Programme, build, encode
-from fusewise.kernels.protocol_machine import run
+from tests.emulator.protocol import MUTATIONS, UNIT_WORDS, Call, Layout, Programme, build, encode
+from tests.emulator.protocol_machine import run
 
 
 def one_shot(num_tokens: int, words: int) -> Call:

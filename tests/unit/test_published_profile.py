@@ -6,8 +6,8 @@ from importlib import resources
 
 import pytest
 
-from fusewise.plan import derive
-from fusewise.profile import Profile, parse_profile
+from fusewise.profiles.plan import derive
+from fusewise.profiles.schema import Profile, parse_profile
 
 ISSUE = [  # tokens, bytes, fused µs, unfused µs, all-reduce, delta µs
     (48, 192 * 1024, 10.4, 11.2, "custom", 0.86),
@@ -19,7 +19,8 @@ ISSUE = [  # tokens, bytes, fused µs, unfused µs, all-reduce, delta µs
 
 @pytest.fixture(scope="module")
 def text() -> str:
-    return resources.files("fusewise").joinpath("profiles/nvidia-h200-tp8.json").read_text("utf-8")
+    packaged = resources.files("fusewise").joinpath("profiles", "data")
+    return packaged.joinpath("nvidia-h200-tp8.json").read_text("utf-8")
 
 
 @pytest.fixture(scope="module")

@@ -10,8 +10,8 @@ import pytest
 
 from fusewise.errors import InputError
 from fusewise.node import Fingerprint
-from fusewise.plan import derive
-from fusewise.profile import Exclusion, PathRecord, Profile, Provenance, Sample
+from fusewise.profiles.plan import derive
+from fusewise.profiles.schema import Exclusion, PathRecord, Profile, Provenance, Sample
 from fusewise.report import html, plot
 from fusewise.report.panel import STYLES, ratio_top
 

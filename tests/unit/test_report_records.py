@@ -6,10 +6,10 @@ import json
 
 import pytest
 
-from fusewise.bands import default_plan
 from fusewise.node import Fingerprint
-from fusewise.plan import derive
-from fusewise.profile import (
+from fusewise.profiles.bands import default_plan
+from fusewise.profiles.plan import derive
+from fusewise.profiles.schema import (
     Exclusion,
     PathRecord,
     Profile,

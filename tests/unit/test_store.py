@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from fusewise import store
 from fusewise.errors import ProfileError, StaleProfileError, UnavailableError
 from fusewise.node import HARDWARE, SOFTWARE
+from fusewise.profiles import store
 from tests.samples import FUSED, NODE, UNFUSED, profile_of
 
 GOOD = profile_of({1: {FUSED: 5.0, UNFUSED: 8.0}})

@@ -7,9 +7,7 @@ from typing import Any
 
 import pytest
 
-from fusewise.errors import InputError
-from fusewise.shape import parse_size
-from fusewise.thresholds import (
+from fusewise.engines.vllm.dispatch import (
     VllmSettings,
     custom_limit,
     displaced_choice,
@@ -25,6 +23,8 @@ from fusewise.thresholds import (
     vllm_environment,
     vllm_flag,
 )
+from fusewise.errors import InputError
+from fusewise.shape import parse_size
 
 KIB, MIB = 2**10, 2**20
 

@@ -8,14 +8,15 @@ from typing import Any
 import pytest
 import torch
 
-from fusewise.backends.registry import all_ids, backend_of, baseline_id, ids_for, select
+from fusewise.backends.norm import residual_rms_norm
+from fusewise.backends.registry import all_ids, baseline_id, ids_for, select
 from fusewise.errors import FusewiseError, InputError, VerificationError
-from fusewise.kernels.norm import residual_rms_norm
-from fusewise.plan import decide_points
+from fusewise.operation import backend_of
+from fusewise.profiles.plan import decide_points
 from fusewise.shape import Shape
-from fusewise.tuning.sweep import coarse_order, next_shapes
-from fusewise.tuning.timing import calls_per_round
-from fusewise.tuning.verify import (
+from fusewise.tune.sweep import coarse_order, next_shapes
+from fusewise.tune.timing import calls_per_round
+from fusewise.tune.verify import (
     check_all_reduce,
     check_all_reduce_rms_norm,
     integers,

@@ -13,12 +13,12 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from fusewise.commands.vllm import app
+from fusewise.engines.vllm import environment as vllm_node
+from fusewise.engines.vllm.dispatch import VllmSettings
+from fusewise.engines.vllm.environment import probe_apart, settings_here
+from fusewise.engines.vllm.patch import TABLE_FILE, table_patch
 from fusewise.errors import InputError, UnavailableError
-from fusewise.integrations import vllm_node
-from fusewise.integrations.vllm_node import probe_apart, settings_here
-from fusewise.integrations.vllm_patch import TABLE_FILE, table_patch
 from fusewise.node import Fingerprint
-from fusewise.thresholds import VllmSettings
 
 SEED = ["--version", "0.33", "--profile", "nvidia-h200-tp8"]
 NODE = Fingerprint(

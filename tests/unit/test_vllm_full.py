@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-from fusewise.integrations.vllm_full import choices_here, full_cap
-from fusewise.kernels.norm import residual_rms_norm
-from fusewise.plan import derive
-from fusewise.thresholds import VllmSettings
+from fusewise.backends.norm import residual_rms_norm
+from fusewise.engines.vllm.dispatch import VllmSettings
+from fusewise.engines.vllm.router import choices_here, full_cap
+from fusewise.profiles.plan import derive
 from tests.vllm_fakes import HIDDEN, MIB, World, fused_call, tp2_profile
 
 VLLM = VllmSettings(version="0.22.1", sm=90, world_size=2, multicast=False)

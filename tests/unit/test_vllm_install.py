@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 
+from fusewise.engines.vllm import takeover as vllm_worker
+from fusewise.engines.vllm.dispatch import VllmSettings
+from fusewise.engines.vllm.takeover import install
 from fusewise.errors import FusewiseError
-from fusewise.integrations import vllm_worker
-from fusewise.integrations.vllm_worker import install
 from fusewise.shape import Shape
-from fusewise.thresholds import VllmSettings
 from tests.vllm_fakes import Worker, fused_call, tp2_profile
 
 FULL = {"mode": "full", "cap_mb": 16.0}

@@ -86,7 +86,7 @@ def _profile_text(kind: str) -> str:
 def _homes(folder: Path) -> dict[str, str]:
     """kind → a FUSEWISE_HOME that holds that profile under the node's name."""
     from fusewise.node import Fingerprint
-    from fusewise.profile import profile_file_name
+    from fusewise.profiles.schema import profile_file_name
 
     homes = {}
     for kind, world_size, multicast in [
@@ -250,12 +250,25 @@ def test_the_mark_is_no_part_of_vllms_hash(outcome: Any) -> None:
 
 
 def test_importing_the_entry_point_imports_neither_vllm_nor_torch() -> None:
-    assert importlib.util.find_spec("fusewise.integrations.vllm") is not None
+    assert importlib.util.find_spec("fusewise.engines.vllm.plugin") is not None
     code = (
-        "import sys; import fusewise.integrations.vllm; "
+        "import sys; import fusewise.engines.vllm.plugin; "
         "print([m for m in ('torch', 'vllm', 'numpy', 'pydantic') if m in sys.modules])"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
     )
     assert done.stdout.strip() == "[]"
+
+
+def test_the_old_entry_point_says_so_and_loads_the_plugin(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from fusewise.integrations import vllm as old
+
+    loaded: list[str] = []
+    monkeypatch.setattr("fusewise.engines.vllm.plugin.register", lambda: loaded.append("yes"))
+    with caplog.at_level("INFO", "vllm.plugins.fusewise"):
+        old.register()
+    assert loaded == ["yes"]
+    assert "fusewise.engines.vllm.plugin" in caplog.text

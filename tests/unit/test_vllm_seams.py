@@ -15,9 +15,9 @@ from typing import Any
 
 import pytest
 
-from fusewise.integrations import vllm_seams
-from fusewise.thresholds import tables_of
-from fusewise.vllm_tables import TABLES, Tables
+from fusewise.engines.vllm import seams as vllm_seams
+from fusewise.engines.vllm.dispatch import tables_of
+from fusewise.engines.vllm.tables import TABLES, Tables
 from tests import vllm_sources
 
 TESTS = Path(__file__).resolve().parents[1]

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from fusewise import workspace
+from fusewise.backends.native import workspace
+from fusewise.backends.native.workspace import SlotLayout, Workspace
 from fusewise.errors import DisagreementError, UnavailableError, WorkspaceError
 from fusewise.shape import Shape
-from fusewise.workspace import SlotLayout, Workspace
 from tests.provider_fakes import MirrorGroup
 
 MIB = 2**20

@@ -11,15 +11,16 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
-from fusewise.kernels.norm import residual_rms_norm
-from fusewise.profile import UNFUSED_SUFFIX, Numerics, PathRecord
+from fusewise.backends.norm import residual_rms_norm
+from fusewise.operation import Op, unfused_path
+from fusewise.profiles.schema import Numerics, PathRecord
 from fusewise.shape import Shape
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from fusewise.group import Group
     from fusewise.node import Fingerprint
+    from fusewise.ranks.group import Group
 
 DTYPE_NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
 
@@ -107,9 +108,9 @@ class Backend(ABC):
         """Gives back every buffer and handle. Collective; safe to call twice."""
 
     @classmethod
-    def path_name(cls) -> str:
-        """The whole operation's path: ``flashinfer.one_shot`` or ``nccl + rms_norm``."""
-        return cls.id if cls.fused else cls.id + UNFUSED_SUFFIX
+    def path_name(cls, op: Op = "all_reduce_rms_norm") -> str:
+        """An operation's path: ``flashinfer.one_shot`` or ``nccl + rms_norm``."""
+        return cls.id if cls.fused else unfused_path(cls.id, op)
 
     @classmethod
     def record(cls) -> PathRecord:

@@ -24,13 +24,13 @@ from fusewise.backends.base import Backend
 from fusewise.backends.flashinfer_limits import package_reason
 from fusewise.backends.steps import not_on_one_host, together
 from fusewise.errors import RankError, UnavailableError
-from fusewise.profile import Numerics
+from fusewise.profiles.schema import Numerics
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from fusewise.group import Group
     from fusewise.node import Fingerprint
+    from fusewise.ranks.group import Group
     from fusewise.shape import Shape
 
 _WORLD_SIZES = (2, 4, 6, 8)  # REDUCE_CASE

@@ -29,14 +29,14 @@ from fusewise.backends.flashinfer_limits import (
 )
 from fusewise.backends.steps import not_on_one_host, together
 from fusewise.errors import InputError, UnavailableError
-from fusewise.profile import Numerics
+from fusewise.profiles.schema import Numerics
 from fusewise.shape import ELEMENT_BYTES
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from fusewise.group import Group
     from fusewise.node import Fingerprint
+    from fusewise.ranks.group import Group
     from fusewise.shape import Shape
 
 

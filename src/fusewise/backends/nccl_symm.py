@@ -21,13 +21,13 @@ import torch.distributed as dist
 from fusewise.backends.base import Backend
 from fusewise.backends.steps import not_on_one_host, together
 from fusewise.errors import UnavailableError
-from fusewise.profile import Numerics
+from fusewise.profiles.schema import Numerics
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from fusewise.group import Group
     from fusewise.node import Fingerprint
+    from fusewise.ranks.group import Group
     from fusewise.shape import Shape
 
 _MIN_NCCL = (2, 27)  # ncclCommWindowRegister

@@ -10,7 +10,6 @@ import importlib
 from typing import TYPE_CHECKING
 
 from fusewise.errors import InputError
-from fusewise.profile import UNFUSED_SUFFIX
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -27,8 +26,8 @@ _CUDA = {
     "custom": "custom:Custom",
     "flashinfer.one_shot": "flashinfer:OneShot",
     "flashinfer.two_shot": "flashinfer:TwoShot",
-    "native.one_shot": "native:OneShot",
-    "native.two_shot": "native:TwoShot",
+    "native.one_shot": "native.strategies:OneShot",
+    "native.two_shot": "native.strategies:TwoShot",
 }
 _CPU = {"gloo": "torch_dist:Gloo", "shm.one_shot": "shm:OneShot"}
 _HOMES = _CUDA | _CPU
@@ -79,8 +78,3 @@ def ids_for(device_type: str) -> list[str]:
 def baseline_id(device_type: str) -> str:
     """What torch itself would run: ``nccl`` on GPUs, ``gloo`` on CPUs."""
     return ids_for(device_type)[0]
-
-
-def backend_of(path: str) -> str:
-    """The backend id inside a path name: ``nccl + rms_norm`` → ``nccl``."""
-    return path.removesuffix(UNFUSED_SUFFIX)

@@ -25,13 +25,13 @@ import torch
 
 from fusewise.backends.base import Backend
 from fusewise.errors import RankTimeoutError, UnavailableError, WorkspaceError
-from fusewise.profile import Numerics
+from fusewise.profiles.schema import Numerics
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from fusewise.group import Group
     from fusewise.node import Fingerprint
+    from fusewise.ranks.group import Group
     from fusewise.shape import Shape
 
 _STORE_ORDERED = ("x86_64", "AMD64")

@@ -8,14 +8,38 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, TypeVar
 
+from fusewise.backends.registry import backend_class
 from fusewise.errors import UnavailableError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from fusewise.group import Group
+    from fusewise.backends.base import Backend
+    from fusewise.node import Fingerprint
+    from fusewise.ranks.group import Group
+    from fusewise.shape import Shape
 
 T = TypeVar("T")
+
+
+def build_backend(
+    backend_id: str, group: Group, node: Fingerprint, max_shape: Shape
+) -> tuple[Backend | None, str]:
+    """A backend on all ranks, or None on all with the reason and the rank that failed."""
+    kind = backend_class(backend_id)
+    reason = kind.available(node)
+    unavailable = group.vote(f"{backend_id}: available", reason)
+    if unavailable:
+        return None, reason or unavailable
+    backend, error = None, None
+    try:
+        backend = kind(group, max_shape)
+    except Exception as fault:  # a provider's border: whatever it raised, the peers must hear it
+        error = fault
+    failed = group.vote(f"{backend_id}: build", error)
+    if failed and backend is not None:
+        backend.close()
+    return (None, failed) if failed else (backend, "")
 
 
 def together(group: Group, phase: str, step: Callable[[], T], hint: str | None = None) -> T:

@@ -23,13 +23,13 @@ import torch
 from fusewise.backends.base import Backend
 from fusewise.backends.steps import not_on_one_host, together
 from fusewise.errors import UnavailableError
-from fusewise.profile import Numerics
+from fusewise.profiles.schema import Numerics
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from fusewise.group import Group
     from fusewise.node import Fingerprint
+    from fusewise.ranks.group import Group
     from fusewise.shape import Shape
 
 _VECTOR_BYTES = 16  # the widest access of torch's kernels; narrower sizes run other code

@@ -9,13 +9,13 @@ import torch.distributed as dist
 
 from fusewise.backends.base import Backend
 from fusewise.errors import RankTimeoutError, UnavailableError
-from fusewise.profile import Numerics
+from fusewise.profiles.schema import Numerics
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from fusewise.group import Group
     from fusewise.node import Fingerprint
+    from fusewise.ranks.group import Group
     from fusewise.shape import Shape
 
 

@@ -8,10 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from fusewise import audit as auditing
 from fusewise.backends.registry import select
-from fusewise.bands import Plan
-from fusewise.cap import decide_cap
 from fusewise.commands.engine import (
     CapOption,
     MulticastOption,
@@ -36,13 +33,17 @@ from fusewise.commands.options import (
     write,
     write_picture,
 )
+from fusewise.engines import audit as auditing
+from fusewise.engines.cap import decide_cap
 from fusewise.errors import InputError
-from fusewise.plan import Point, decide_points, derive
-from fusewise.profile import Profile
+from fusewise.operation import Op
+from fusewise.profiles.bands import Plan
+from fusewise.profiles.plan import Point, decide_points, derive
+from fusewise.profiles.schema import Profile
+from fusewise.profiles.store import Resolution
 from fusewise.report.records import report
 from fusewise.report.table import Column, Section
-from fusewise.shape import Op, Shape, format_size, parse_dtype, parse_size, tokens_at
-from fusewise.store import Resolution
+from fusewise.shape import Shape, format_size, parse_dtype, parse_size, tokens_at
 
 _FACTS = (Column("fact", "fact"), Column("value", "value"))
 

@@ -12,7 +12,6 @@ from typing import Annotated, Any
 import typer
 
 import fusewise
-from fusewise import store
 from fusewise.commands.options import (
     FormatOption,
     ProfileOption,
@@ -35,13 +34,14 @@ from fusewise.decode.settings import (
     Compiler,
     DecodeSettings,
 )
+from fusewise.engines.vllm.dispatch import VllmSettings
 from fusewise.errors import InputError, RankError
 from fusewise.node import Fingerprint, probe
-from fusewise.profile import Profile
+from fusewise.profiles import store
+from fusewise.profiles.schema import Profile
+from fusewise.ranks.teams import Team, local_team, under_torchrun
 from fusewise.shape import parse_dtype, parse_size
-from fusewise.teams import Team, local_team, under_torchrun
-from fusewise.thresholds import VllmSettings
-from fusewise.tuning.settings import Settings
+from fusewise.tune.settings import Settings
 
 _VLLM = "0.33"  # the newest release whose tables are known
 _TUNE_S = {"cpu": 10.0, "cuda": 60.0}
@@ -187,8 +187,8 @@ def _profile(name: str | None, node: Fingerprint, team: Team, settings: DecodeSe
         return found.profile
     tell([f"no profile at hidden {settings.hidden_size}: measuring for {_TUNE_S[team.device]:g} s"])
     from fusewise.commands.progress import progress
-    from fusewise.launch import terminated_like_interrupted
-    from fusewise.tuning.supervise import tune_team
+    from fusewise.ranks.supervisor import terminated_like_interrupted
+    from fusewise.tune.supervise import tune_team
 
     smallest, largest = settings.messages[0], settings.messages[-1]
     sizes = Settings(
@@ -211,7 +211,7 @@ def _run(team: Team, settings: DecodeSettings, arms: list[Arm]) -> dict[str, Any
         RankError: a rank failed; the message names it and what it was doing.
     """
     from fusewise.commands.progress import progress
-    from fusewise.launch import run_attempt, terminated_like_interrupted
+    from fusewise.ranks.supervisor import run_attempt, terminated_like_interrupted
 
     request = {
         "settings": asdict(settings),

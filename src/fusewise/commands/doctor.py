@@ -7,10 +7,10 @@ import shutil
 from pathlib import Path
 from typing import Any, get_args
 
-from fusewise import store
 from fusewise.commands.options import FormatOption, TpOption, bordered, this_node, write
 from fusewise.errors import FusewiseError
 from fusewise.node import Fingerprint
+from fusewise.profiles import store
 from fusewise.report.table import Column, Section
 from fusewise.shape import DType, format_size
 

@@ -9,8 +9,6 @@ from typing import Annotated
 
 import typer
 
-from fusewise import audit as auditing
-from fusewise.cap import CapDecision, ExplicitCap, decide_cap
 from fusewise.commands.options import (
     DTypeOption,
     FormatOption,
@@ -25,12 +23,14 @@ from fusewise.commands.options import (
     this_node,
     write,
 )
+from fusewise.engines import audit as auditing
+from fusewise.engines.cap import CapDecision, ExplicitCap, decide_cap
+from fusewise.engines.vllm.dispatch import VllmSettings, vllm_environment, vllm_flag
+from fusewise.engines.vllm.tables import TABLES
 from fusewise.errors import InputError
 from fusewise.node import Fingerprint
 from fusewise.report.table import Column, Section
 from fusewise.shape import format_size, parse_dtype, parse_size, tokens_at
-from fusewise.thresholds import VllmSettings, vllm_environment, vllm_flag
-from fusewise.vllm_tables import TABLES
 
 EngineOption = Annotated[str, typer.Option("--engine", help="The engine: vllm.")]
 VersionOption = Annotated[

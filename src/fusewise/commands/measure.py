@@ -9,7 +9,6 @@ from typing import Annotated
 
 import typer
 
-from fusewise import store
 from fusewise.commands.options import (
     DTypeOption,
     FormatOption,
@@ -26,14 +25,15 @@ from fusewise.commands.options import (
     write_picture,
 )
 from fusewise.errors import InputError
-from fusewise.plan import derive
-from fusewise.profile import Profile, Sample
+from fusewise.profiles import store
+from fusewise.profiles.plan import derive
+from fusewise.profiles.schema import Profile, Sample
+from fusewise.ranks.teams import Team, local_team, torchrun_team, under_torchrun
 from fusewise.report.bench import bench as bench_section
 from fusewise.report.records import report
 from fusewise.report.table import Section
 from fusewise.shape import DType, parse_dtype, parse_size
-from fusewise.teams import Team, local_team, torchrun_team, under_torchrun
-from fusewise.tuning.settings import (
+from fusewise.tune.settings import (
     CPU_HIDDEN_SIZES,
     CPU_MAX_BYTES,
     GPU_HIDDEN_SIZES,
@@ -99,8 +99,8 @@ def tune(
 
 def _measure(team: Team, settings: Settings) -> Profile | None:
     from fusewise.commands.progress import progress
-    from fusewise.launch import terminated_like_interrupted
-    from fusewise.tuning.supervise import tune_everywhere
+    from fusewise.ranks.supervisor import terminated_like_interrupted
+    from fusewise.tune.supervise import tune_everywhere
 
     title = f"tune {settings.dtype}"
     with terminated_like_interrupted(), progress(title) as listen:
@@ -120,8 +120,8 @@ def bench(
 ) -> None:
     """Every path at every size, in nccl-tests' columns with #wrong. Decides and writes nothing."""
     from fusewise.commands.progress import progress
-    from fusewise.launch import terminated_like_interrupted
-    from fusewise.tuning.supervise import bench_team
+    from fusewise.ranks.supervisor import terminated_like_interrupted
+    from fusewise.tune.supervise import bench_team
 
     with _team(tp) as team:
         one = parse_dtype(dtype)

@@ -13,9 +13,9 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 
-from fusewise import store
 from fusewise.errors import FusewiseError, InputError, ProfileError, UnavailableError
 from fusewise.node import Fingerprint, gpu_count, probe
+from fusewise.profiles import store
 from fusewise.report.table import Format, Section, render_sections
 from fusewise.shape import DType, parse_dtype
 

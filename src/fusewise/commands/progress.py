@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from fusewise.tuning.supervise import Listener
+from fusewise.tune.supervise import Listener
 
 _QUIET_S = 5.0  # between two progress lines in a log
 

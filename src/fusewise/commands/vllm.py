@@ -13,9 +13,6 @@ from typing import Annotated
 
 import typer
 
-from fusewise.audit import Audit
-from fusewise.audit import audit as audit_profile
-from fusewise.cap import CapDecision, decide_cap
 from fusewise.commands.engine import explicit_cap
 from fusewise.commands.options import (
     DTypeOption,
@@ -31,15 +28,10 @@ from fusewise.commands.options import (
     this_node,
     write,
 )
-from fusewise.errors import InputError
-from fusewise.integrations.vllm import MODES
-from fusewise.integrations.vllm_node import settings_here
-from fusewise.integrations.vllm_patch import TABLE_FILE, evidence, table_patch
-from fusewise.node import Fingerprint
-from fusewise.report.table import Column, Section
-from fusewise.shape import format_size, parse_dtype, tokens_at
-from fusewise.store import Resolution
-from fusewise.thresholds import (
+from fusewise.engines.audit import Audit
+from fusewise.engines.audit import audit as audit_profile
+from fusewise.engines.cap import CapDecision, decide_cap
+from fusewise.engines.vllm.dispatch import (
     VllmSettings,
     displaced_choice,
     engine_cap,
@@ -47,6 +39,14 @@ from fusewise.thresholds import (
     vllm_environment,
     vllm_flag,
 )
+from fusewise.engines.vllm.environment import settings_here
+from fusewise.engines.vllm.patch import TABLE_FILE, evidence, table_patch
+from fusewise.engines.vllm.plugin import MODES
+from fusewise.errors import InputError
+from fusewise.node import Fingerprint
+from fusewise.profiles.store import Resolution
+from fusewise.report.table import Column, Section
+from fusewise.shape import format_size, parse_dtype, tokens_at
 
 app = typer.Typer(
     help="What the vLLM plugin would do on this node. The plugin loads by itself in vLLM.",

@@ -11,14 +11,15 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from fusewise.backends.registry import backend_of, select
-from fusewise.bands import Band, Origin, Plan, Table
-from fusewise.cap import decide_cap
+from fusewise.backends.registry import select
+from fusewise.engines.cap import decide_cap
+from fusewise.engines.vllm.dispatch import VllmSettings, displaced_choice, engine_cap, fused_choice
 from fusewise.errors import InputError
-from fusewise.plan import decide_points, derive
-from fusewise.profile import UNFUSED_SUFFIX, Profile
-from fusewise.shape import Op, format_size
-from fusewise.thresholds import VllmSettings, displaced_choice, engine_cap, fused_choice
+from fusewise.operation import Op, all_reduce_of, backend_of
+from fusewise.profiles.bands import Band, Origin, Plan, Table
+from fusewise.profiles.plan import decide_points, derive
+from fusewise.profiles.schema import Profile
+from fusewise.shape import format_size
 
 # Where no engine has a table, as on CPU ranks: vLLM's cap for two Hopper GPUs.
 DEFAULT_CAP_BYTES = 64 * 2**20
@@ -140,7 +141,7 @@ def _effective_cap(
 
 
 def _plan(profile: Profile, hidden_size: int, choose: Choose, unfused: Choose, source: str) -> Plan:
-    bare: Choose = lambda size: unfused(size).removesuffix(UNFUSED_SUFFIX)  # noqa: E731
+    bare: Choose = lambda size: all_reduce_of(unfused(size))  # noqa: E731
     tables = (
         _table("all_reduce_rms_norm", hidden_size, choose),
         _table("all_reduce", hidden_size, bare),

@@ -10,17 +10,17 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from fusewise.bands import Plan
-from fusewise.communicator import Communicator
 from fusewise.decode.models import build_model, shape_named
 from fusewise.decode.settings import DecodeSettings
 from fusewise.decode.step import Batch, Compiled, DecodeRunner, PrefillRunner
 from fusewise.errors import VerificationError
 from fusewise.graph.decide import Choice, TokenRange, decide
+from fusewise.profiles.bands import Plan
+from fusewise.run.communicator import Communicator
 from fusewise.shape import Shape
 
 if TYPE_CHECKING:
-    from fusewise.worker import Worker
+    from fusewise.ranks.worker import Worker
 
 _COMPILE_S = 900.0  # 48 layers through Inductor, on a cold cache
 _BUILD_S = 600.0

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fusewise.intervals import median, median_interval
+from fusewise.profiles.intervals import median, median_interval
 from fusewise.report.table import Column, Section
 from fusewise.shape import format_size
 

@@ -13,21 +13,21 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from fusewise.bands import Band, Plan, Table
 from fusewise.decode.settings import DecodeSettings
 from fusewise.graph.api import compile as compile_model
 from fusewise.graph.api import names_of
 from fusewise.graph.decide import Choice
 from fusewise.graph.fusion_pass import FusionPass
 from fusewise.graph.interpreted import interpreted_backend
-from fusewise.profile import UNFUSED_SUFFIX
+from fusewise.operation import all_reduce_of
+from fusewise.profiles.bands import Band, Plan, Table
 from fusewise.shape import DType
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from fusewise.communicator import Communicator
-    from fusewise.group import Group
+    from fusewise.ranks.group import Group
+    from fusewise.run.communicator import Communicator
 
 _WARM_STEPS = 3  # Triton and NVRTC kernels compile at first use, which must not be under capture
 
@@ -35,7 +35,7 @@ _WARM_STEPS = 3  # Triton and NVRTC kernels compile at first use, which must not
 def forcing_plan(choice: Choice, dtype: DType, hidden_size: int, baseline: str) -> Plan:
     """A plan that makes the pass do the same at every size. It never runs."""
     fused = "forced" if choice == "fuse" else baseline
-    bare = baseline.removesuffix(UNFUSED_SUFFIX)
+    bare = all_reduce_of(baseline)
     bare = "forced" if choice == "all_reduce only" else bare
     tables = (
         Table("all_reduce_rms_norm", hidden_size, (_everywhere(fused),), 0, 0),

@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from fusewise.communicator import Communicator
 from fusewise.errors import InputError, UnavailableError
 from fusewise.graph.fusion_pass import FusionPass
 from fusewise.graph.inductor import options_with, require
+from fusewise.run.communicator import Communicator
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-    from fusewise.profile import Profile
+    from fusewise.profiles.schema import Profile
 
 Model = TypeVar("Model", bound=Callable[..., Any])
 

@@ -10,9 +10,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from fusewise.bands import Band, Plan, default_band
-from fusewise.profile import UNFUSED_SUFFIX
-from fusewise.shape import ELEMENT_BYTES, Op
+from fusewise.operation import Op, is_unfused
+from fusewise.profiles.bands import Band, Plan, baseline_path, default_band
+from fusewise.shape import ELEMENT_BYTES
 
 Choice = Literal["fuse", "decide per call", "all_reduce only", "leave"]
 
@@ -55,13 +55,13 @@ def decide(plan: Plan, hidden_size: int, tokens: TokenRange, torch_reduces: bool
     """
     bands = bands_between(plan, "all_reduce_rms_norm", hidden_size, tokens)
     why = "; ".join(dict.fromkeys(map(str, bands)))
-    fused = {not band.path.endswith(UNFUSED_SUFFIX) for band in bands}
+    fused = {not is_unfused(band.path) for band in bands}
     if fused == {True}:
         return Decision("fuse", why)
     if fused == {True, False}:
         return Decision("decide per call", why)
     bare = bands_between(plan, "all_reduce", hidden_size, tokens)
-    if torch_reduces and _paths(bare) != {plan.baseline_path("all_reduce")}:
+    if torch_reduces and _paths(bare) != {baseline_path(plan.baseline, "all_reduce")}:
         return Decision("all_reduce only", "; ".join(dict.fromkeys(map(str, bare))))
     return Decision("leave", why)
 
@@ -70,7 +70,7 @@ def bands_between(plan: Plan, op: Op, hidden_size: int, tokens: TokenRange) -> l
     """The bands that hold some size of the range, in ascending order; never empty."""
     table = plan.table_for(op, hidden_size)
     if table is None:
-        return [default_band(plan.baseline_path(op))]
+        return [default_band(baseline_path(plan.baseline, op))]
     row_bytes = hidden_size * ELEMENT_BYTES[plan.dtype]
     low = tokens.low * row_bytes
     high = None if tokens.high is None else tokens.high * row_bytes

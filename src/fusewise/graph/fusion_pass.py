@@ -18,18 +18,18 @@ from typing import TYPE_CHECKING
 
 import fusewise
 from fusewise.backends.base import DTYPE_NAMES
-from fusewise.bands import Plan
 from fusewise.graph.collectives import Reduction, reduction_at
 from fusewise.graph.decide import Choice, decide
 from fusewise.graph.nodes import UnlikeError, shape_text, token_range, value
 from fusewise.graph.rewrite import fuse, replace_all_reduce
 from fusewise.graph.sites import match
+from fusewise.profiles.bands import Plan
 from fusewise.shape import DType
 
 if TYPE_CHECKING:
     from torch.fx import Graph
 
-    from fusewise.communicator import Communicator
+    from fusewise.run.communicator import Communicator
 
 log = logging.getLogger("fusewise")
 

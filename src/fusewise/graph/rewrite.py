@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch.fx import Graph, Node
 
-import fusewise.ops  # noqa: F401  registers torch.ops.fusewise
+import fusewise.run.operators  # noqa: F401  registers torch.ops.fusewise
 from fusewise.graph.collectives import Reduction
 from fusewise.graph.sites import Match
 

@@ -1,1 +1,1 @@
-"""fusewise.integrations."""
+"""Where the vLLM plugin was until 0.2: its name in entry points that are installed already."""

@@ -1,75 +1,15 @@
-"""The vLLM plugin's entry point: loaded by vLLM in each of its processes, by ``register``.
-
-``FUSEWISE_VLLM`` is ``cap`` (default), ``full`` or ``off``. Whatever goes wrong here is one line in
-the log and leaves vLLM as it was. Importing this file imports neither vLLM nor torch.
-"""
+"""``fusewise.integrations.vllm:register``, as 0.1 installed it; goes with 0.3."""
 
 from __future__ import annotations
 
 import logging
-import os
-from typing import Any
 
-log = logging.getLogger("vllm.plugins.fusewise")
-
-MODES = ("cap", "full", "off")
+from fusewise.engines.vllm import plugin
 
 
 def register() -> None:
-    """Prepares this process; safe to call any number of times. Never raises."""
-    mode = os.environ.get("FUSEWISE_VLLM", "cap")
-    if mode == "off":
-        return
-    try:
-        fault = _prepare(mode)
-    except Exception as error:
-        fault = f"{type(error).__name__}: {error}"
-    if fault:
-        log.warning("fusewise does nothing: %s", fault)
-
-
-def _prepare(mode: str) -> str | None:
-    """Wraps the seams; the reason when it does not."""
-    if mode not in MODES:
-        return f"FUSEWISE_VLLM is {mode!r}, expected {', '.join(MODES)}"
-    import importlib.metadata
-
-    from fusewise.integrations import vllm_cap, vllm_seams
-    from fusewise.thresholds import tables_of
-
-    tables_of(importlib.metadata.version("vllm"))  # raises for a version nobody read
-    moved = vllm_seams.missing((*vllm_seams.CONFIG_SEAMS, *vllm_seams.WORKER_SEAMS))
-    if moved:
-        return f"this vLLM has moved {'; '.join(moved)}"
-    from vllm.config.vllm import VllmConfig
-    from vllm.distributed.device_communicators.cuda_communicator import CudaCommunicator
-
-    vllm_seams.wrap(VllmConfig, "_set_compile_ranges", vllm_cap.around_set_compile_ranges)
-    vllm_seams.wrap(CudaCommunicator, "__init__", _around_communicator_init)
-    return None
-
-
-def _around_communicator_init(original: Any, communicator: Any, *args: Any, **kwargs: Any) -> None:
-    """In a worker: the table before vLLM's all-reduces are built, our kernels after."""
-    from fusewise.integrations import vllm_cap, vllm_worker
-
-    config = _guarded(_current_config)
-    if config is not None:
-        _guarded(vllm_cap.lower_table, config)
-    original(communicator, *args, **kwargs)
-    if config is not None:
-        _guarded(vllm_worker.install, communicator, config)
-
-
-def _guarded(step: Any, *args: Any) -> Any:
-    try:
-        return step(*args)
-    except Exception as error:
-        log.warning("fusewise leaves this worker as it is: %s: %s", type(error).__name__, error)
-        return None
-
-
-def _current_config() -> Any:
-    from vllm.config.vllm import get_current_vllm_config_or_none
-
-    return get_current_vllm_config_or_none()
+    """The plugin under its old name: says so in one line and does what it did."""
+    logging.getLogger("vllm.plugins.fusewise").info(
+        "fusewise: installed under an old name; reinstall fusewise to load %s", plugin.__name__
+    )
+    plugin.register()

@@ -10,10 +10,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from fusewise.intervals import median
-from fusewise.profile import Sample
+from fusewise.operation import Op
+from fusewise.profiles.intervals import median
+from fusewise.profiles.schema import Sample
 from fusewise.report.table import Column, Section
-from fusewise.shape import DType, Op, Shape
+from fusewise.shape import DType, Shape
 
 BENCH_COLUMNS = (
     Column("size_bytes", "size", "B", align="right"),

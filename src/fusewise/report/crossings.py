@@ -1,6 +1,6 @@
 """Where the winner changes, as records, and whether that is constant in bytes. Pure conversions.
 
-The crossovers themselves are ``fusewise.plan``'s; here they are only written down.
+The crossovers themselves are ``fusewise.profiles.plan``'s; here they are only written down.
 """
 
 from __future__ import annotations
@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from fusewise.plan import (
+from fusewise.operation import Op
+from fusewise.profiles.plan import (
     MIN_GAIN,
     Crossover,
     Point,
@@ -16,9 +17,9 @@ from fusewise.plan import (
     crossovers,
     decide_points,
 )
-from fusewise.profile import Profile
+from fusewise.profiles.schema import Profile
 from fusewise.report.table import Column, Section
-from fusewise.shape import Op, format_size
+from fusewise.shape import format_size
 
 FUSABLE: Op = "all_reduce_rms_norm"
 OPS: tuple[Op, ...] = (FUSABLE, "all_reduce")

@@ -9,9 +9,9 @@ from __future__ import annotations
 import re
 from html import escape
 
-from fusewise.bands import Plan
-from fusewise.plan import MIN_GAIN
-from fusewise.profile import Profile
+from fusewise.profiles.bands import Plan
+from fusewise.profiles.plan import MIN_GAIN
+from fusewise.profiles.schema import Profile
 from fusewise.report.crossings import crossings
 from fusewise.report.plot import caption, picture
 from fusewise.report.records import identity, report

@@ -10,9 +10,10 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from fusewise.bands import Table
-from fusewise.intervals import Interval, median, median_interval
-from fusewise.profile import UNFUSED_SUFFIX, Sample
+from fusewise.operation import all_reduce_of, is_unfused
+from fusewise.profiles.bands import Table
+from fusewise.profiles.intervals import Interval, median, median_interval
+from fusewise.profiles.schema import Sample
 from fusewise.report.crossings import rounded_size
 from fusewise.shape import Shape, format_size
 
@@ -103,7 +104,7 @@ def draw_lines(upper: Axes, lower: Axes, column: Points, table: Table | None) ->
     chosen = [table.band_at(size).path if table else "" for size in column.sizes]
     for name in column.names:
         color, marker = _look(name)
-        dashes = "--" if name.endswith(UNFUSED_SUFFIX) else "-"
+        dashes = "--" if is_unfused(name) else "-"
         spans = [row.get(name, nan) for row in column.spans]
         for ax, units in ((upper, [1.0] * len(spans)), (lower, column.best)):
             pairs = list(zip(spans, units, strict=True))
@@ -119,7 +120,7 @@ def draw_lines(upper: Axes, lower: Axes, column: Points, table: Table | None) ->
 
 
 def _look(path: str) -> tuple[str, str]:
-    return STYLES.get(path.removesuffix(UNFUSED_SUFFIX), OTHER_STYLE)
+    return STYLES.get(all_reduce_of(path), OTHER_STYLE)
 
 
 def draw_strip(ax: Axes, table: Table, column: Points, inches: float) -> None:
@@ -135,7 +136,7 @@ def draw_strip(ax: Axes, table: Table, column: Points, inches: float) -> None:
         ax.fill_between([start, end], 1.04, 1.15, color=color, linewidth=0, clip_on=False,
                         transform=ax.get_xaxis_transform())  # fmt: skip
         room = math.log2(end / start) * inches_per_octave / CHARACTER_INCHES
-        names = [n for n in (band.path, band.path.removesuffix(UNFUSED_SUFFIX)) if len(n) < room]
+        names = [n for n in (band.path, all_reduce_of(band.path)) if len(n) < room]
         if names:
             ax.text(math.sqrt(start * end), 1.09, names[0], color=_ink(color), fontsize=8,
                     ha="center", va="center", transform=ax.get_xaxis_transform())  # fmt: skip

@@ -15,9 +15,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from fusewise.bands import Plan
 from fusewise.errors import InputError
-from fusewise.profile import UNFUSED_SUFFIX, Profile
+from fusewise.operation import is_unfused
+from fusewise.profiles.bands import Plan
+from fusewise.profiles.schema import Profile
 from fusewise.report.crossings import FUSABLE
 from fusewise.report.panel import Points, draw_lines, draw_strip, mark_changes, scale_axes
 from fusewise.report.table import printable
@@ -135,7 +136,7 @@ def _legend(fig: Figure, axes: Sequence[Axes], across: int) -> None:
     for ax in axes:
         found, labels = ax.get_legend_handles_labels()
         handles |= dict(zip(labels, found, strict=True))
-    names = sorted(handles, key=lambda name: name.endswith(UNFUSED_SUFFIX))
+    names = sorted(handles, key=is_unfused)
     fig.legend(
         [handles[name] for name in names],
         names,

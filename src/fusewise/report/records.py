@@ -1,20 +1,21 @@
 """Profile and plan → flat records with their columns, as ``table.Section``. Pure conversions.
 
 Text, JSON, CSV, Markdown, pictures' captions and the HTML page are all made from these. Nothing
-here decides: decisions come from ``fusewise.plan`` and are only written down.
+here decides: decisions come from ``fusewise.profiles.plan`` and are only written down.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from fusewise.bands import Plan
-from fusewise.intervals import CONFIDENCE
-from fusewise.plan import MIN_GAIN, Point, decide_points
-from fusewise.profile import Profile
+from fusewise.operation import Op
+from fusewise.profiles.bands import Plan
+from fusewise.profiles.intervals import CONFIDENCE
+from fusewise.profiles.plan import MIN_GAIN, Point, decide_points
+from fusewise.profiles.schema import Profile
 from fusewise.report.crossings import FUSABLE, OPS, crossings, rounded_size
 from fusewise.report.table import Column, Section
-from fusewise.shape import Op, format_size
+from fusewise.shape import format_size
 
 Record = dict[str, Any]
 

@@ -1,0 +1,1 @@
+"""The CUDA sources, their build and their launch."""

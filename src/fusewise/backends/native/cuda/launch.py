@@ -1,0 +1,169 @@
+"""Loading a cubin and launching it with as little Python per call as there can be.
+
+``cuLaunchKernelEx`` of ``cuda.bindings`` instead of ``cuda.core.launch``: the latter wraps torch's
+stream anew at every call. Everything a shape fixes is prepared once; a call writes a few pointers.
+Knows no protocol.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from fusewise.backends.native.cuda.build import cubin
+from fusewise.backends.native.cuda.cubin_cache import CubinCache
+from fusewise.errors import UnavailableError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from fusewise.backends.native.variants import Instance, LaunchShape
+
+
+class Kernels:
+    """The instances one device has loaded.
+
+    Args:
+        sm: the device's architecture, 90 for sm_90.
+        multiprocessors: how many it has.
+        cache: where cubins are kept.
+    """
+
+    def __init__(self, sm: int, multiprocessors: int, cache: CubinCache | None = None) -> None:
+        self.sm, self._multiprocessors = sm, multiprocessors
+        self._cache = cache or CubinCache()
+        self._loaded: dict[Instance, Any] = {}
+
+    def load(self, instance: Instance) -> Any:
+        """The kernel, compiled and loaded at first use; also while a graph is captured.
+
+        Raises:
+            UnavailableError: it cannot be compiled or loaded.
+        """
+        found = self._loaded.get(instance)
+        if found is None:
+            from cuda.core import ObjectCode
+
+            code = self.machine_code(instance)
+            with _relaxed_capture():
+                found = ObjectCode.from_cubin(code).get_kernel(instance.function)
+                self._loaded[instance] = found
+        return found
+
+    def machine_code(self, instance: Instance) -> bytes:
+        """The instance's cubin, from the cache or compiled now."""
+        return cubin(instance, self.sm, self._cache)
+
+    def prepare(
+        self, shape: LaunchShape, parameters: ctypes.Structure, ranks_here: int = 1
+    ) -> PreparedLaunch:
+        """A launch of ``shape`` with ``parameters``, on a grid that fits the device at once.
+
+        Args:
+            shape: instance, threads and wanted workers.
+            parameters: the kernel's only argument; read anew at every call.
+            ranks_here: blockIdx.y: virtual ranks that share this device, in a cooperative launch.
+        """
+        from cuda.bindings import driver
+
+        kernel = self.load(shape.instance)
+        function = driver.CUfunction(int(kernel.handle))
+        config = driver.CUlaunchConfig()
+        config.blockDimX, config.blockDimY, config.blockDimZ = shape.threads, 1, 1
+        config.gridDimX, config.gridDimY, config.gridDimZ = shape.instance.blocks, ranks_here, 1
+        attributes = _attributes(shape, cooperative=ranks_here > 1)
+        config.attrs, config.numAttrs = attributes, len(attributes)
+        resident = self._resident_workers(function, config, shape) // ranks_here
+        config.gridDimX = shape.grid(resident)
+        return PreparedLaunch(function, config, parameters, kernel)
+
+    def _resident_workers(self, function: Any, config: Any, shape: LaunchShape) -> int:
+        """Row workers (blocks, or clusters of them) that fit on the device at once."""
+        from cuda.bindings import driver
+
+        if shape.instance.blocks > 1:
+            return int(_checked(driver.cuOccupancyMaxActiveClusters(function, config)))
+        blocks = driver.cuOccupancyMaxActiveBlocksPerMultiprocessor(function, shape.threads, 0)
+        return int(_checked(blocks)) * self._multiprocessors
+
+
+class PreparedLaunch:
+    """One kernel with its grid and its parameters; calling it enqueues it on a raw stream.
+
+    The driver copies the parameters during the call, so they may be changed for the next one.
+    """
+
+    __slots__ = ("_arguments", "_arguments_at", "_config", "_function", "_kernel", "_launch",
+                 "_make_stream", "_stream", "output", "parameters")  # fmt: skip
+
+    def __init__(
+        self, function: Any, config: Any, parameters: ctypes.Structure, kernel: Any
+    ) -> None:
+        from cuda.bindings import driver
+
+        self.parameters = parameters
+        self.output: Any = getattr(parameters, "output", None)  # a view, made once
+        self._function, self._config = function, config
+        self._kernel = kernel  # keeps the loaded code alive
+        self._launch, self._make_stream = driver.cuLaunchKernelEx, driver.CUstream
+        self._arguments = (ctypes.c_void_p * 1)(ctypes.addressof(parameters))
+        self._arguments_at = ctypes.addressof(self._arguments)
+        self._stream = -1
+
+    def __call__(self, stream: int) -> None:
+        """Enqueues the kernel.
+
+        Raises:
+            UnavailableError: the driver refused the launch.
+        """
+        if stream != self._stream:
+            self._config.hStream = self._make_stream(stream)
+            self._stream = stream
+        (status,) = self._launch(self._config, self._function, self._arguments_at, 0)
+        if status:
+            raise UnavailableError("the native kernel was not launched", got=str(status))
+
+
+def _attributes(shape: LaunchShape, cooperative: bool) -> list[Any]:
+    from cuda.bindings import driver
+
+    kinds = driver.CUlaunchAttributeID
+    attributes = []
+    if shape.dependent_launch and not cooperative:
+        dependent = driver.CUlaunchAttribute()
+        dependent.id = kinds.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+        dependent.value.programmaticStreamSerializationAllowed = 1
+        attributes.append(dependent)
+    if shape.instance.blocks > 1:
+        cluster = driver.CUlaunchAttribute()
+        cluster.id = kinds.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+        cluster.value.clusterDim.x = shape.instance.blocks
+        cluster.value.clusterDim.y = cluster.value.clusterDim.z = 1
+        attributes.append(cluster)
+    if cooperative:
+        together = driver.CUlaunchAttribute()
+        together.id = kinds.CU_LAUNCH_ATTRIBUTE_COOPERATIVE
+        together.value.cooperative = 1
+        attributes.append(together)
+    return attributes
+
+
+def _checked(answer: tuple[Any, ...]) -> Any:
+    status, *values = answer
+    if status:
+        raise UnavailableError("the CUDA driver refused", got=str(status))
+    return values[0] if values else None
+
+
+@contextmanager
+def _relaxed_capture() -> Iterator[None]:
+    """Lets this thread load code although some stream is being captured."""
+    from cuda.bindings import driver
+
+    relaxed = driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED
+    before = _checked(driver.cuThreadExchangeStreamCaptureMode(relaxed))
+    try:
+        yield
+    finally:
+        _checked(driver.cuThreadExchangeStreamCaptureMode(before))

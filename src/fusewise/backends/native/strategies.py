@@ -1,0 +1,51 @@
+"""Our own fused kernels as backends: ``native.one_shot`` and ``native.two_shot``.
+
+One-shot sends whole rows and waits once; two-shot sends each rank its share of the columns, then
+the sums, and waits twice for less data. ``docs/kernels.md`` models where each is better.
+"""
+
+from __future__ import annotations
+
+from fusewise.backends.native.backend import NativeBackend
+from fusewise.backends.native.cuda.prepare import one_shot, two_shot
+from fusewise.backends.native.variants import VECTOR_BYTES, WORLD_SIZES, vectors_per_row, widest_row
+from fusewise.backends.native.workspace import SlotLayout
+from fusewise.shape import Shape
+
+# One-shot stages (world_size - 1) copies of a message twice; at 8 ranks 4 MiB are 56 MiB of slots.
+# Far above the sizes at which two-shot takes over (docs/kernels.md: near 480 KB and 140 KB).
+_ONE_SHOT_MAX_BYTES = {2: 2**62, 4: 16 * 2**20, 8: 4 * 2**20}
+
+
+class OneShot(NativeBackend):
+    """Every rank sends its rows to every peer; each adds and normalises all rows itself."""
+
+    id = "native.one_shot"
+    world_sizes = WORLD_SIZES
+    kernel = staticmethod(one_shot)
+
+    def _limited(self, shape: Shape) -> Shape:
+        most = _ONE_SHOT_MAX_BYTES[self.group.world_size]
+        if shape.message_bytes <= most:
+            return shape
+        return Shape(max(1, most // shape.row_bytes), shape.hidden_size, shape.dtype)
+
+    def _layout(self, shape: Shape) -> SlotLayout:
+        return SlotLayout.one_shot(shape, self.group.world_size)
+
+    def admits(self, shape: Shape) -> str | None:
+        widest = widest_row(self.group.world_size, self._kernels.sm)
+        if vectors_per_row(shape) > widest:
+            return f"rows of {shape.row_bytes} bytes, the kernel takes {widest * VECTOR_BYTES}"
+        return super().admits(shape)
+
+
+class TwoShot(NativeBackend):
+    """Every rank reduces its share of the columns and sends the sums to every peer."""
+
+    id = "native.two_shot"
+    world_sizes = (4, 8)  # two ranks would send the same bytes as one-shot, in two trips
+    kernel = staticmethod(two_shot)
+
+    def _layout(self, shape: Shape) -> SlotLayout:
+        return SlotLayout.two_shot(shape, self.group.world_size)

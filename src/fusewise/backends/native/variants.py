@@ -1,0 +1,182 @@
+"""Which kernel instance runs a shape, and with how many threads: pure functions of the shape.
+
+Every rank computes the same configuration from the same shape; nothing here asks the device. What
+was tried on hardware is said beside each constant; ``docs/kernels.md`` has the numbers.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from fusewise.errors import InputError
+from fusewise.shape import DType, Shape
+
+Kernel = Literal["one_shot", "two_shot"]
+Output = Literal["kSum", "kNorm", "kStaticFp8", "kTokenFp8", "kGroupFp8"]
+
+WORLD_SIZES = (2, 4, 8)
+VECTOR_BYTES = 16
+WARP = 32
+UNIT_BYTES = WARP * VECTOR_BYTES  # slots.cuh: one warp's vectors
+MAX_BLOCKS_PER_ROW = 4  # blocks of one cluster that share a row; 8 is the portable limit
+_CPP_TYPES: dict[DType, str] = {
+    "bfloat16": "BFloat16", "float16": "Float16", "float32": "Float32",
+}  # fmt: skip
+_REGISTERS_PER_SM = 65536  # every architecture from sm_80 to sm_100
+# Registers a thread may use without spilling: (world_size, vectors) → count, as ptxas reports them
+# for sm_80, which needs most. A test compiles them and fails when one spills.
+_REGISTERS = {
+    (2, 1): 48, (2, 2): 80, (2, 4): 128,
+    (4, 1): 64, (4, 2): 128, (4, 4): 168,
+    (8, 1): 128, (8, 2): 168, (8, 4): 168,
+}  # fmt: skip
+_BLOCK_SIZES = (256, 384, 512, 1024)  # launch bounds that are compiled
+_TWO_SHOT_THREADS = 512  # 128 registers each: eight ranks' vectors fit without spilling
+# Rows are bundled into tiles only where one per block already fills the device: two blocks on each
+# of the 132 SMs of H100 and H200. A constant, because tiles must be equal on all ranks.
+_BUSY_BLOCKS = 264
+MAX_TILE_ROWS = 16  # kMaxTileRows in two_shot_tile.cuh
+# A prototype on two H200s: one vector per thread won up to 8 MiB at 256 vectors per row (hidden
+# 2048, bf16), two at 512 vectors per row and above 8 MiB.
+_TWO_VECTORS_FROM = 512
+_TWO_VECTORS_ABOVE_BYTES = 8 * 2**20
+
+
+@dataclass(frozen=True)
+class Instance:
+    """One compiled kernel: everything that is fixed at compile time."""
+
+    kernel: Kernel
+    dtype: DType
+    world_size: int
+    vectors: int = 1  # 16-byte vectors per thread
+    blocks: int = 1  # blocks per row, one cluster
+    output: Output = "kNorm"
+    early_trigger: bool = False
+    max_threads: int = 256
+    min_blocks: int = 1
+
+    @property
+    def function(self) -> str:
+        """The kernel's name in its cubin."""
+        return f"fusewise_{self.kernel}"
+
+    def defines(self) -> list[tuple[str, str]]:
+        """What the source is compiled with."""
+        return [
+            ("FW_TYPE", _CPP_TYPES[self.dtype]),
+            ("FW_WORLD", str(self.world_size)),
+            ("FW_VECTORS", str(self.vectors)),
+            ("FW_BLOCKS", str(self.blocks)),
+            ("FW_OUTPUT", self.output),
+            ("FW_EARLY_TRIGGER", str(self.early_trigger).lower()),
+            ("FW_MAX_THREADS", str(self.max_threads)),
+            ("FW_MIN_BLOCKS", str(self.min_blocks)),
+        ]
+
+
+@dataclass(frozen=True)
+class LaunchShape:
+    """How one instance is launched for one message; the grid is capped by what fits the device.
+
+    Args:
+        instance: what was compiled.
+        threads: per block; a multiple of 32.
+        workers: row workers that the shape could use; each is ``instance.blocks`` blocks.
+        rows_per_tile: rows a two-shot block handles together; 1 for one-shot.
+        dependent_launch: launched as a programmatic dependent of the kernel before (sm_90).
+    """
+
+    instance: Instance
+    threads: int
+    workers: int
+    rows_per_tile: int = 1
+    dependent_launch: bool = True
+
+    @classmethod
+    def one_shot(cls, shape: Shape, world_size: int, sm: int, output: Output) -> LaunchShape:
+        """The one-shot kernel for a shape.
+
+        Raises:
+            InputError: the row is wider than any instance takes.
+        """
+        row_vectors = vectors_per_row(shape)
+        vectors, blocks = _split_row(row_vectors, shape.message_bytes, world_size, sm)
+        threads = round_up(math.ceil(row_vectors / (vectors * blocks)), WARP)
+        instance = Instance("one_shot", shape.dtype, world_size, vectors, blocks, output)
+        bounded = bound(instance, threads)
+        return cls(bounded, threads, shape.num_tokens, dependent_launch=sm >= 90)
+
+    @classmethod
+    def two_shot(cls, shape: Shape, world_size: int, sm: int, output: Output) -> LaunchShape:
+        """The two-shot kernel for a shape. Tiles follow from the shape, so ranks agree on them."""
+        row_vectors = vectors_per_row(shape)
+        shard_units = units_per_row(-(-row_vectors // world_size))
+        rows = min(shape.num_tokens // _BUSY_BLOCKS, _TWO_SHOT_THREADS // WARP // shard_units)
+        rows = max(1, min(rows, MAX_TILE_ROWS))
+        threads = min(_TWO_SHOT_THREADS, round_up(rows * row_vectors, 2 * WARP))
+        instance = Instance(
+            "two_shot", shape.dtype, world_size, output=output, max_threads=_TWO_SHOT_THREADS
+        )
+        tiles = -(-shape.num_tokens // rows)
+        return cls(instance, threads, tiles, rows, dependent_launch=sm >= 90)
+
+    def grid(self, resident_workers: int) -> int:
+        """Blocks to launch, given how many workers fit on the device at once.
+
+        All blocks must be resident together: a rank's rows wait for its peers' rows.
+        """
+        return max(1, min(self.workers, resident_workers)) * self.instance.blocks
+
+
+def bound(instance: Instance, threads: int) -> Instance:
+    """The instance with launch bounds that keep it out of local memory."""
+    max_threads = next(size for size in _BLOCK_SIZES if size >= threads)
+    registers = _REGISTERS[instance.world_size, instance.vectors]
+    min_blocks = max(1, _REGISTERS_PER_SM // (registers * max_threads))
+    return replace(instance, max_threads=max_threads, min_blocks=min_blocks)
+
+
+def block_limit(world_size: int, vectors: int) -> int:
+    """The most threads a block may have with this many vectors per thread."""
+    registers = _REGISTERS[world_size, vectors]
+    return max(size for size in _BLOCK_SIZES if size * registers <= _REGISTERS_PER_SM)
+
+
+def widest_row(world_size: int, sm: int) -> int:
+    """Vectors of the widest row that the one-shot kernel takes."""
+    blocks = MAX_BLOCKS_PER_ROW if sm >= 90 else 1
+    return blocks * max(v * block_limit(world_size, v) for v in (1, 2, 4))
+
+
+def _split_row(row_vectors: int, message_bytes: int, world_size: int, sm: int) -> tuple[int, int]:
+    """Vectors per thread and blocks per row. A cluster is preferred to four vectors per thread,
+    which wait for the peers one after the other."""
+    two = row_vectors >= _TWO_VECTORS_FROM or message_bytes > _TWO_VECTORS_ABOVE_BYTES
+    blocks_allowed = (1, 2, MAX_BLOCKS_PER_ROW) if sm >= 90 else (1,)
+    for vectors in (2, 4) if two else (1, 2, 4):
+        for blocks in blocks_allowed:
+            if row_vectors <= vectors * blocks * block_limit(world_size, vectors):
+                return vectors, blocks
+    raise InputError(
+        "row too wide for the native kernels",
+        expected=f"at most {widest_row(world_size, sm) * VECTOR_BYTES} bytes on sm_{sm}",
+        got=f"{row_vectors * VECTOR_BYTES} bytes",
+    )
+
+
+def vectors_per_row(shape: Shape) -> int:
+    """16-byte vectors of one row; the row must be a whole number of them."""
+    return shape.row_bytes // VECTOR_BYTES
+
+
+def units_per_row(row_vectors: int) -> int:
+    """512-byte units that ``row_vectors`` begin."""
+    return -(-row_vectors // WARP)
+
+
+def round_up(value: int, step: int) -> int:
+    """The next multiple of ``step``."""
+    return -(-value // step) * step

@@ -1,0 +1,1 @@
+"""What engines do by themselves, and what it costs."""

@@ -1,0 +1,235 @@
+"""One engine's cap: the largest size up to which its fused kernel never loses. Pure.
+
+A measurement decides where it can: it must hold both the engine's fused kernel and the very
+all-reduce this engine would run instead. Where it does not, the rule of ``vllm/dispatch.py`` does.
+An explicit value wins over both. Nothing here reads a file or an environment.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from fusewise.engines.vllm.dispatch import (
+    VllmSettings,
+    displaced_choice,
+    engine_cap,
+    fused_choice,
+    rule_cap,
+)
+from fusewise.errors import InputError, StaleProfileError
+from fusewise.operation import unfused_path
+from fusewise.profiles.bands import Origin
+from fusewise.profiles.intervals import Interval, median
+from fusewise.profiles.plan import best, difference, judge
+from fusewise.profiles.schema import Profile, Sample
+from fusewise.profiles.store import Level
+from fusewise.shape import Shape, format_size
+
+Verdict = Literal["fusion wins", "tie", "fusion loses", "not measured"]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The engine's fused kernel against one rival at one measured shape.
+
+    ``delta`` is rival minus fused, µs: above zero fusing is faster. Times and delta are None,
+    and the verdict says so, where one side was not measured.
+    """
+
+    shape: Shape
+    fused: str
+    rival: str
+    fused_us: float | None
+    rival_us: float | None
+    delta: Interval | None
+    verdict: Verdict
+
+
+@dataclass(frozen=True)
+class ExplicitCap:
+    """A cap somebody asked for, and where."""
+
+    cap_bytes: int
+    level: Level = "argument"
+
+    def __post_init__(self) -> None:
+        if self.cap_bytes < 0:
+            raise InputError("cap out of range", expected=">= 0 bytes", got=str(self.cap_bytes))
+
+
+@dataclass(frozen=True)
+class CapDecision:
+    """The effective cap, the level that answered, and why. None: the engine does not fuse."""
+
+    cap_bytes: int | None
+    level: Level
+    origin: Origin | Literal["explicit"]
+    why: str
+
+
+def decide_cap(
+    profile: Profile | None,
+    settings: VllmSettings,
+    *,
+    explicit: ExplicitCap | None = None,
+    profile_level: Level = "argument",
+    hidden_size: int | None = None,
+) -> CapDecision:
+    """The cap for this vLLM on this node.
+
+    Args:
+        profile: what was measured on such a node, or None.
+        settings: the vLLM.
+        explicit: wins over everything.
+        profile_level: where the profile was found, for the answer.
+        hidden_size: decide by the nearest measured hidden size; None: the smallest cap of all.
+
+    Raises:
+        StaleProfileError: the profile was measured at another world size, GPU or dtype.
+    """
+    if explicit is not None:
+        return CapDecision(explicit.cap_bytes, explicit.level, "explicit", "set explicitly")
+    if profile is not None and engine_cap(settings) is not None:
+        measured = _measured_cap(profile, settings, profile_level, hidden_size)
+        if measured is not None:
+            return measured
+    rule = rule_cap(settings)
+    if rule.lowered:
+        return CapDecision(rule.cap_bytes, "rule", "rule", rule.why)
+    return CapDecision(rule.cap_bytes, "engine default", "engine default", rule.why)
+
+
+def _measured_cap(
+    profile: Profile, settings: VllmSettings, level: Level, hidden_size: int | None
+) -> CapDecision | None:
+    columns = against_engine(profile, settings)
+    if hidden_size is not None:
+        columns = {h: columns[h] for h in nearest(columns, hidden_size)}
+    decided = [d for c in columns.values() if (d := _column_cap(c, settings))]
+    if len(decided) < len(columns) or not decided:
+        return None  # one hidden size without an answer leaves the node without one
+    cap, why = min(decided)
+    return CapDecision(cap, level, profile.provenance.origin, why)
+
+
+def _column_cap(column: list[Comparison], settings: VllmSettings) -> tuple[int, str] | None:
+    """The cap of one hidden size, or None where the samples do not reach the engine's cap."""
+    known = [c for c in column if c.verdict != "not measured"]
+    loss = first_loss(known)
+    if loss is not None:
+        return safe_size(known), _loss_text(loss)
+    reach = known[-1].shape.message_bytes if known else 0
+    if reach < (engine_cap(settings) or 0):
+        return None
+    return reach, f"fusing never loses up to {format_size(reach)}, the largest size measured"
+
+
+def _loss_text(loss: Comparison) -> str:
+    assert loss.delta is not None
+    return (
+        f"at {format_size(loss.shape.message_bytes)} (hidden {loss.shape.hidden_size}) fusing "
+        f"costs {-loss.delta.median:.2f} µs against {loss.rival}"
+    )
+
+
+def first_loss(column: Iterable[Comparison]) -> Comparison | None:
+    """The smallest measured size at which fusing loses."""
+    return next((c for c in column if c.verdict == "fusion loses"), None)
+
+
+def safe_size(column: list[Comparison]) -> int:
+    """The largest measured size below the first loss, in bytes; 0 when the smallest loses."""
+    loss = first_loss(column)
+    end = math.inf if loss is None else loss.shape.message_bytes
+    sizes = [c.shape.message_bytes for c in column if c.verdict != "not measured"]
+    return max((size for size in sizes if size < end), default=0)
+
+
+def nearest(hidden_sizes: Iterable[int], hidden_size: int) -> list[int]:
+    """The measured hidden size nearest by ratio, as a list of one; empty where there is none."""
+    return sorted(hidden_sizes, key=lambda h: abs(math.log(h / hidden_size)))[:1]
+
+
+def against_engine(profile: Profile, settings: VllmSettings) -> dict[int, list[Comparison]]:
+    """Fused against the engine's own unfused choice: hidden_size → comparisons by size."""
+    _check_same_node(profile, settings)
+    return {
+        hidden_size: [
+            _compare(
+                profile,
+                shape,
+                row,
+                fused_choice(settings, shape.message_bytes),
+                displaced_choice(settings, shape.message_bytes),
+            )
+            for shape, row in rows.items()
+        ]
+        for hidden_size, rows in profile.points().items()
+    }
+
+
+def against_best(profile: Profile, settings: VllmSettings) -> dict[int, list[Comparison]]:
+    """Fused against the fastest other path of the profile: hidden_size → comparisons by size.
+
+    A path that needs multicast does not count where the settings say there is none.
+    """
+    _check_same_node(profile, settings)
+    columns: dict[int, list[Comparison]] = {}
+    for hidden_size, rows in profile.points().items():
+        columns[hidden_size] = []
+        for shape, row in rows.items():
+            fused = fused_choice(settings, shape.message_bytes)
+            medians = {name: median(sample.times_us) for name, sample in row.items()}
+            impossible = set() if settings.multicast else {unfused_path("multimem")}
+            rival = best(medians, set(medians) - {fused} - impossible)
+            if rival is not None:
+                columns[hidden_size].append(_compare(profile, shape, row, fused, rival))
+    return columns
+
+
+def _compare(
+    profile: Profile, shape: Shape, row: Mapping[str, Sample], fused: str, rival: str
+) -> Comparison:
+    times = {name: median(row[name].times_us) for name in (fused, rival) if name in row}
+    if len(times) < 2:
+        return Comparison(
+            shape, fused, rival, times.get(fused), times.get(rival), None, "not measured"
+        )
+    delta = difference(shape, row, rival, fused, profile.deltas)
+    verdict = _verdict(delta, min(times.values()), profile.provenance.origin)
+    return Comparison(shape, fused, rival, times[fused], times[rival], delta, verdict)
+
+
+def _verdict(
+    delta: Interval, fastest_us: float, origin: Literal["measured", "published"]
+) -> Verdict:
+    """A tie does not lose; a published number has no interval, so its sign decides a loss."""
+    judged = judge(delta, fastest_us)
+    if judged == "do not fuse" or (origin == "published" and delta.median < 0):
+        return "fusion loses"
+    return "fusion wins" if judged == "fuse" else "tie"
+
+
+def _check_same_node(profile: Profile, settings: VllmSettings) -> None:
+    mark = profile.fingerprint
+    pairs = {
+        "device_type": (mark.device_type, "cuda"),
+        "sm": (mark.sm, settings.sm),
+        "world_size": (mark.world_size, settings.world_size),
+        "nodes": (mark.nodes, 1),
+        "dtype": (profile.dtype, settings.dtype),
+    }
+    other = [
+        f"{name} {mine} in the profile, {asked} asked"
+        for name, (mine, asked) in pairs.items()
+        if mine != asked
+    ]
+    if other:
+        raise StaleProfileError(
+            "the profile does not describe this node",
+            got="; ".join(other),
+            hint="Run `fusewise tune` on the node and dtype in question.",
+        )

@@ -1,0 +1,1 @@
+"""vLLM: its tables and dispatch, and the plugin."""

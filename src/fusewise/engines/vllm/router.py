@@ -1,0 +1,166 @@
+"""Full mode inside vLLM: its fused op and its plain all-reduce run our plan, shape by shape.
+
+vLLM looks up ``flashinfer.comm.allreduce_fusion`` when it calls it, and writes its results in
+place; both are kept. At each size the plan names a native kernel (ours runs), a FlashInfer kernel
+(the original call runs, with vLLM's own workspace) or an unfused path (vLLM's own all-reduce runs,
+then our norm). Patterns with quantisation go to the original. How a worker takes it up, so that all
+ranks choose alike, is ``takeover.py``'s business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from fusewise.engines.vllm.dispatch import VllmSettings, displaced_choice, engine_cap
+from fusewise.operation import Op, all_reduce_of, is_unfused
+from fusewise.profiles.bands import Plan, Table
+from fusewise.profiles.plan import derive
+from fusewise.profiles.schema import Profile, Sample
+from fusewise.shape import Shape
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from fusewise.backends.native.backend import NativeBackend
+
+FUSED_OP: Op = "all_reduce_rms_norm"
+NATIVE, _FLASHINFER = "native.", "flashinfer."
+_ALIGNMENT = 16  # bytes: the widest vector a kernel loads
+# FlashInfer's one-shot kernels end at 64 MiB over the world size (vLLM's comment beside
+# _FI_ALLREDUCE_ONE_SHOT_MAX_SIZES_MB); vLLM sizes FlashInfer's workspace by the cap.
+_WORKSPACE_BYTES = 64 * 2**20
+_QUANTISED = {"output", "quant_out", "scale_out"}  # arguments of patterns we do not cover
+
+
+def choices_here(profile: Profile, settings: VllmSettings) -> Profile:
+    """The profile without paths this vLLM cannot run: other all-reduces than its own, per size.
+
+    Its baseline is what vLLM fuses with, so that a tie keeps FlashInfer's kernel.
+    """
+    kept = tuple(s for s in profile.samples if _runs_here(s, profile, settings))
+    return profile.model_copy(update={"samples": kept, "baseline": "flashinfer.one_shot"})
+
+
+def _runs_here(sample: Sample, profile: Profile, settings: VllmSettings) -> bool:
+    size = Shape(sample.num_tokens, sample.hidden_size, profile.dtype).message_bytes
+    own = displaced_choice(settings, size)
+    if sample.op == FUSED_OP:
+        return _is_fused(sample.path) or sample.path == own
+    return sample.path.startswith(NATIVE) or sample.path == all_reduce_of(own)
+
+
+def _is_fused(path: str) -> bool:
+    return path.startswith((NATIVE, _FLASHINFER)) and not is_unfused(path)
+
+
+def full_cap(
+    profile: Profile | None, settings: VllmSettings, hidden_size: int | None
+) -> int | None:
+    """The largest size at which the plan fuses, bounded by what FlashInfer's workspace holds.
+
+    None without a measured native kernel: then full mode has nothing to offer.
+    """
+    if profile is None or not any(path.name.startswith(NATIVE) for path in profile.paths):
+        return None
+    plan = derive(choices_here(profile, settings))
+    tables = [table for table in plan.tables if table.op == FUSED_OP]
+    if hidden_size is not None:
+        nearest = plan.table_for(FUSED_OP, hidden_size)
+        tables = [nearest] if nearest is not None else []
+    if not tables:
+        return None
+    bound = max(engine_cap(settings) or 0, _WORKSPACE_BYTES // settings.world_size)
+    return min(bound, *(_fuses_up_to(table) for table in tables)) or None
+
+
+def _fuses_up_to(table: Table) -> int:
+    ends = [
+        min(band.end_bytes - 1, table.validated_to)
+        for band in table.bands
+        if band.end_bytes is not None and _is_fused(band.path)
+    ]
+    return max(ends, default=0)
+
+
+class Router:
+    """Runs one tensor-parallel group's calls by the plan.
+
+    Args:
+        native: our kernels on that group, by path; on every rank the same.
+        plan: the decisions over the paths this vLLM can run, equal on all ranks.
+        plain: vLLM's own ``all_reduce`` of that group.
+        pattern: FlashInfer's code of all-reduce + residual + RMSNorm without quantisation.
+    """
+
+    def __init__(
+        self, native: Mapping[str, NativeBackend], plan: Plan, plain: Any, pattern: Any
+    ) -> None:
+        self.native, self.plan, self.plain, self.pattern = native, plan, plain, pattern
+
+    def fused(self, original: Any, *args: Any, **kwargs: Any) -> Any:
+        """In place of ``allreduce_fusion``; whatever we do not cover goes to ``original``."""
+        if args or not self._covers(kwargs):
+            return original(*args, **kwargs)
+        x, residual = kwargs["input"], kwargs["residual_in"]
+        norm, total = kwargs["norm_out"], kwargs["residual_out"]
+        weight, eps = kwargs["rms_gamma"], kwargs["rms_eps"]
+        bias = kwargs.get("weight_bias", 0.0)
+        path = self._path(FUSED_OP, x)
+        kernel = self._kernel(path, x)
+        if kernel is None and _is_fused(path):  # FlashInfer's, or ours for another shape
+            return original(**kwargs)
+        if kernel is not None and _aligned(x, residual, weight, norm, total):
+            kernel.all_reduce_rms_norm_into(norm, total, x, residual, weight, eps, bias)
+            return norm
+        # The outputs may be the inputs themselves; both results are whole, in stream order,
+        # before either is overwritten.
+        if kernel is not None:
+            copies = (x.clone(), residual.clone(), weight.clone())
+            results = kernel.all_reduce_rms_norm(*copies, eps, bias)
+        else:
+            from fusewise.backends.norm import residual_rms_norm
+
+            results = residual_rms_norm(self.plain(x), residual, weight, eps, bias)
+        total.copy_(results[1])
+        norm.copy_(results[0])
+        return norm
+
+    def _covers(self, kwargs: dict[str, Any]) -> bool:
+        given = {name for name, value in kwargs.items() if value is not None}
+        needed = {"input", "residual_in", "rms_gamma", "rms_eps", "norm_out", "residual_out"}
+        if kwargs.get("pattern") != self.pattern or not needed <= given or _QUANTISED & given:
+            return False
+        x, weight = kwargs["input"], kwargs["rms_gamma"]
+        like_x = [kwargs[name] for name in ("residual_in", "norm_out", "residual_out")]
+        return (
+            self._takes(x)
+            and all(other.shape == x.shape for other in like_x)
+            and all(t.dtype == x.dtype and t.is_contiguous() for t in (weight, *like_x))
+        )
+
+    def _takes(self, x: Tensor) -> bool:
+        return x.ndim == 2 and x.is_contiguous() and str(x.dtype) == f"torch.{self.plan.dtype}"
+
+    def _path(self, op: Op, x: Tensor) -> str:
+        return self.plan.band_at(op, x.shape[1], x.numel() * x.element_size()).path
+
+    def _kernel(self, path: str, x: Tensor) -> NativeBackend | None:
+        kernel = self.native.get(path)
+        if kernel is None or kernel.admits(Shape(x.shape[0], x.shape[1], self.plan.dtype)):
+            return None
+        return kernel
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        """In place of the plain all-reduce: ours where the plan names a native kernel."""
+        kernel = self._kernel(self._path("all_reduce", x), x) if self._takes(x) else None
+        if kernel is None:
+            result: Tensor = self.plain(x)
+            return result
+        return kernel.all_reduce(x if _aligned(x) else x.clone())
+
+
+def _aligned(*tensors: Tensor) -> bool:
+    """Whether the kernels can address them. Decides about copies only, never about the path:
+    ranks may differ in it, and must still run the same kernel."""
+    return all(tensor.data_ptr() % _ALIGNMENT == 0 for tensor in tensors)

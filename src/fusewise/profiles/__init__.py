@@ -1,0 +1,1 @@
+"""What was measured on one node, and the plan that follows from it."""

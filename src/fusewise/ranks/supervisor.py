@@ -1,0 +1,233 @@
+"""Starts ranks as killable children, or joins torchrun's; watches them; always reaps them.
+
+A job runs in children only, so that a provider that spins or crashes takes its child with it and
+never the caller. Under torchrun every torchrun rank supervises one child and the supervisors talk
+over torchrun's own rendezvous; otherwise one supervisor has all children.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import selectors
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from fusewise.errors import RankError
+from fusewise.ranks.teams import Team
+from fusewise.ranks.worker import STALL_S
+
+# start: interpreter, torch, CUDA context on a cold disk cache.
+_START_S = 180.0
+_POLL_S = 0.2
+
+Event = dict[str, Any]
+OnEvent = Callable[[int, Event], None]
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a rank did not finish. ``provider`` is whose code ran, as far as the rank told."""
+
+    rank: int
+    kind: Literal["died", "stalled", "error", "stopped"]
+    phase: str
+    provider: str | None
+    reason: str
+    code: int = RankError.exit_code
+
+    def __str__(self) -> str:
+        return f"rank {self.rank} {self.reason} at {self.phase!r}"
+
+
+@dataclass
+class _Child:
+    rank: int
+    process: subprocess.Popen[bytes]
+    pipe: int
+    deadline: float
+    phase: str = "start"
+    provider: str | None = None
+    tail: bytes = b""
+    result: Any = None
+    failure: Failure | None = None
+    done: bool = False
+
+    def fail(self, kind: Literal["died", "stalled", "error", "stopped"], reason: str) -> None:
+        """Marks the end of this rank; the first reason stays."""
+        self.failure = self.failure or Failure(self.rank, kind, self.phase, self.provider, reason)
+        self.done = True
+
+
+@dataclass
+class Outcome:
+    """Every supervised rank's result, or the failure that ended the attempt."""
+
+    results: dict[int, Any] = field(default_factory=dict)
+    failure: Failure | None = None
+
+
+def run_attempt(
+    team: Team, job: str, request: dict[str, Any], on_event: OnEvent, timeout_s: float = 120.0
+) -> Outcome:
+    """Runs ``job`` ("module:function") once on every rank of the team.
+
+    Returns as soon as all supervised ranks gave a result or one failed anywhere in the team; by
+    then no child of this process is left.
+
+    Args:
+        team: who supervises whom.
+        job: called as ``function(worker, request)`` in every child.
+        request: JSON-like.
+        on_event: called with (rank, event) for every event of a supervised rank.
+        timeout_s: bound of every collective wait inside the children.
+    """
+    with _rendezvous(team) as (store, host, port):
+        children: list[_Child] = []
+        try:
+            for rank, local_rank in zip(team.ranks, team.local_ranks, strict=True):
+                order = {
+                    "job": job, "request": request, "rank": rank, "local_rank": local_rank,
+                    "world_size": team.world_size, "device": team.device, "store": [host, port],
+                    "timeout_s": timeout_s, "threads": _threads_per_rank(team),
+                }  # fmt: skip
+                children.append(_start(rank, order))
+            _watch(children, store, on_event)
+        finally:
+            for child in children:
+                _reap(child)
+    failures = [child.failure for child in children if child.failure]
+    if team.peers is not None:
+        told = [vars(f) for f in failures]
+        failures = [Failure(**f) for rank in team.peers.gather("attempt", told) for f in rank]
+    order_of = ("died", "stalled", "error", "stopped")
+    worst = min(failures, key=lambda f: (order_of.index(f.kind), f.rank), default=None)
+    return Outcome({child.rank: child.result for child in children}, worst)
+
+
+@contextmanager
+def _rendezvous(team: Team) -> Iterator[tuple[Any, str, int]]:
+    """A store of this attempt's own, on a free port: a dead child cannot take it along."""
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+    store, port = None, 0
+    if team.leads:
+        store = TCPStore(team.host, 0, is_master=True, wait_for_workers=False)
+        port = int(store.port)
+    if team.peers is not None:
+        port = team.peers.broadcast("rendezvous", port)
+    yield store or TCPStore(team.host, port, is_master=False), team.host, port
+
+
+def _threads_per_rank(team: Team) -> int:
+    return max(1, (os.cpu_count() or 1) // max(1, len(team.ranks)))
+
+
+def _start(rank: int, order: dict[str, Any]) -> _Child:
+    receiver, sender = os.pipe()
+    os.set_blocking(receiver, False)
+    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
+    if order["store"][0] == "127.0.0.1":
+        environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "fusewise.ranks.worker", str(sender)],
+        stdin=subprocess.PIPE,
+        stdout=2,  # stdout is for data; a provider's chatter is not
+        pass_fds=(sender,),
+        env=environment,
+        start_new_session=True,  # Ctrl-C reaches the supervisor only, which then reaps
+    )
+    os.close(sender)
+    child = _Child(rank, process, receiver, time.monotonic() + _START_S)
+    assert process.stdin is not None
+    with process.stdin:
+        process.stdin.write(json.dumps(order).encode() + b"\n")
+    return child
+
+
+def _watch(children: list[_Child], store: Any, on_event: OnEvent) -> None:
+    """Until every child is done or one failed here or elsewhere."""
+    with selectors.DefaultSelector() as selector:
+        for child in children:
+            selector.register(child.pipe, selectors.EVENT_READ, child)
+        while not all(child.done for child in children):
+            for key, _ in selector.select(_POLL_S):
+                child = key.data
+                if not _read_events(child, on_event):
+                    selector.unregister(child.pipe)
+            now = time.monotonic()
+            for child in children:
+                if not child.done and now > child.deadline:
+                    child.fail("stalled", "made no progress in time")
+            if any(child.failure for child in children):
+                store.set("failed", "1")
+            if store.check(["failed"]):
+                for child in children:
+                    if not child.done:
+                        child.fail("stopped", "was stopped because a peer failed")
+
+
+def _read_events(child: _Child, on_event: OnEvent) -> bool:
+    """Handles what arrived; False once the pipe is closed."""
+    chunk = os.read(child.pipe, 1 << 20)
+    if not chunk:
+        if not child.done:
+            child.fail("died", _how_it_ended(child.process))
+        return False
+    *lines, child.tail = (child.tail + chunk).split(b"\n")
+    for line in lines:
+        event = json.loads(line)
+        child.deadline = time.monotonic() + event.get("allow_s", STALL_S)
+        if event["kind"] == "phase":
+            child.phase, child.provider = event["text"], event["provider"]
+        elif event["kind"] == "result":
+            child.result, child.done = event["value"], True
+        elif event["kind"] == "error":
+            child.failure = Failure(
+                child.rank, "error", child.phase, child.provider,
+                f"failed with {event['text']}", event["code"],
+            )  # fmt: skip
+            child.done = True
+        on_event(child.rank, event)
+    return True
+
+
+def _how_it_ended(process: subprocess.Popen[bytes]) -> str:
+    try:
+        code = process.wait(timeout=5)
+    except subprocess.TimeoutExpired:
+        return "closed its pipe"
+    if code < 0:
+        return f"was killed by {signal.Signals(-code).name}"
+    return f"exited with {code}"
+
+
+def _reap(child: _Child) -> None:
+    """No child and no grandchild survives this."""
+    if child.done and child.failure is None:
+        with suppress(subprocess.TimeoutExpired):
+            child.process.wait(timeout=20)  # lets it give back what it holds
+    with suppress(ProcessLookupError):
+        os.killpg(child.process.pid, signal.SIGKILL)
+    child.process.wait()
+    os.close(child.pipe)
+
+
+@contextmanager
+def terminated_like_interrupted() -> Iterator[None]:
+    """SIGTERM raises KeyboardInterrupt inside, so that torchrun's stop also reaps children."""
+
+    def stop(signum: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,102 @@
+"""Which ranks a process starts: all of this host's, or the one torchrun gave it.
+
+Knows how ranks are laid out, not what they run.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING, Literal
+
+from fusewise.errors import InputError
+from fusewise.node import gpu_count
+
+if TYPE_CHECKING:
+    from fusewise.ranks.group import Group
+
+
+# CPU ranks that may share cores: enough to try what eight GPUs run. Each is a process with torch.
+_CPU_RANKS = 8
+
+
+@dataclass(frozen=True)
+class Team:
+    """The ranks of one tensor-parallel group and those of them that this process supervises.
+
+    Under torchrun ``peers`` is the group of this team's supervisors and ``world`` that of all
+    supervisors; both are None when this process has all ranks. ``host`` is rank 0's address.
+    """
+
+    world_size: int
+    ranks: tuple[int, ...]
+    local_ranks: tuple[int, ...]
+    device: Literal["cuda", "cpu"]
+    peers: Group | None = None
+    world: Group | None = None
+    host: str = "127.0.0.1"
+    hosts: int = 1
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process supervises rank 0, and so prints and writes."""
+        return 0 in self.ranks
+
+
+def local_team(world_size: int | None) -> Team:
+    """All ranks of one group on this host: one per GPU, else ``world_size`` CPU ranks (2).
+
+    Raises:
+        InputError: more GPU ranks than GPUs, or fewer than one rank.
+    """
+    gpus = gpu_count()
+    size = world_size if world_size is not None else (gpus if gpus > 1 else 2)
+    most = gpus or max(_CPU_RANKS, os.cpu_count() or 1)
+    if not 1 <= size <= most:
+        raise InputError(
+            "cannot start that many ranks",
+            expected=f"1 to {most} ranks, one per GPU" if gpus else f"1 to {most} CPU ranks",
+            got=str(size),
+        )
+    ranks = tuple(range(size))
+    return Team(size, ranks, ranks, "cuda" if gpus else "cpu")
+
+
+def under_torchrun() -> bool:
+    """Whether torchrun (or a launcher that sets its variables) started this process."""
+    return all(name in os.environ for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
+
+
+def torchrun_team(world_size: int | None, timeout_s: float) -> Team:
+    """This process's team under torchrun: consecutive ranks, by default those of one node.
+
+    Collective over all torchrun ranks; initialises torch.distributed with gloo.
+
+    Raises:
+        InputError: the team size does not divide torchrun's world.
+    """
+    import torch.distributed as dist
+
+    from fusewise.ranks.group import Group
+
+    rank, total = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    local_rank = int(os.environ.get("LOCAL_RANK", rank))
+    size = world_size or int(os.environ.get("LOCAL_WORLD_SIZE", total))
+    if size < 1 or total % size:
+        raise InputError(
+            "torchrun's world does not split into teams",
+            expected=f"a divisor of {total}",
+            got=str(size),
+            hint="Pass --tp with a divisor, or change --nproc-per-node.",
+        )
+    dist.init_process_group("gloo", timeout=timedelta(seconds=timeout_s))
+    world = Group(device="cpu", timeout_s=timeout_s)
+    teams = [dist.new_group(list(range(t, t + size))) for t in range(0, total, size)]
+    peers = Group(teams[rank // size], device="cpu", timeout_s=timeout_s)
+    hosts = peers.gather("hosts", socket.gethostname())
+    spread = len(set(hosts))
+    host = "127.0.0.1" if spread == 1 else hosts[0]
+    device: Literal["cuda", "cpu"] = "cuda" if gpu_count() else "cpu"
+    return Team(size, (peers.rank,), (local_rank,), device, peers, world, host, spread)

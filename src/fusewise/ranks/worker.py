@@ -1,0 +1,103 @@
+"""The child side of ``supervisor.py``: one rank, started as ``python -m fusewise.ranks.worker``.
+
+Reads its order as one JSON line from stdin, joins the group, runs the job named there and reports
+events as JSON lines on a pipe. It dies with its parent and never writes to stdout.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import json
+import os
+import signal
+import sys
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+from fusewise.errors import FusewiseError
+
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+STALL_S = 60.0  # silence of a rank that a supervisor tolerates, unless a phase allows more
+
+
+@dataclass
+class Worker:
+    """What a job knows about its rank, and how it speaks to its supervisor."""
+
+    rank: int
+    world_size: int
+    device: str
+    pipe: int
+
+    def emit(self, kind: str, **data: Any) -> None:
+        """Sends one event; ``data`` must be JSON-like."""
+        line = json.dumps({"kind": kind, **data}).encode() + b"\n"
+        while line:
+            line = line[os.write(self.pipe, line) :]
+
+    def phase(self, text: str, provider: str | None = None, allow_s: float = STALL_S) -> None:
+        """Says what comes next, whose code it runs, and how long it may stay silent."""
+        self.emit("phase", text=text, provider=provider, allow_s=allow_s)
+
+
+def main() -> int:
+    """Runs the order on stdin; the exit code says only whether it ended by itself."""
+    parent = os.getppid()
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    order = json.loads(sys.stdin.readline())
+    if os.getppid() != parent:  # the parent went before prctl could tell
+        return 1
+    os.dup2(2, 1)
+    worker = Worker(order["rank"], order["world_size"], order["device"], int(sys.argv[1]))
+    try:
+        worker.phase("start")
+        _join(worker, order)
+        module, name = order["job"].split(":")
+        result = getattr(importlib.import_module(module), name)(worker, order["request"])
+        worker.emit("result", value=result)
+    except Exception as error:  # a rank's border: whatever it was, the supervisor must hear it
+        worker.emit("error", text=f"{type(error).__name__}: {error}", code=_code(error))
+        if not isinstance(error, FusewiseError):
+            import traceback
+
+            traceback.print_exc()
+        return 1
+    return 0
+
+
+def _code(error: Exception) -> int:
+    return error.exit_code if isinstance(error, FusewiseError) else 1
+
+
+def _join(worker: Worker, order: dict[str, Any]) -> None:
+    import torch
+    import torch.distributed as dist
+    from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
+
+    timeout = timedelta(seconds=order["timeout_s"])
+    host, port = order["store"]
+    store = TCPStore(host, port, is_master=False, timeout=timeout)
+    if worker.device == "cpu":
+        torch.set_num_threads(order["threads"])
+        backend, device_id = "gloo", None
+    else:
+        device_id = torch.device("cuda", order["local_rank"])
+        torch.cuda.set_device(device_id)
+        backend = "nccl"
+    dist.init_process_group(
+        backend,
+        store=PrefixStore("fusewise-worker", store),
+        rank=worker.rank,
+        world_size=worker.world_size,
+        timeout=timeout,
+        device_id=device_id,
+    )
+
+
+if __name__ == "__main__":
+    code = main()
+    sys.stderr.flush()
+    # Skips the interpreter's teardown: a backend whose peer died may block in its destructor.
+    os._exit(code)

@@ -1,0 +1,1 @@
+"""Running the plan: the communicator and its operators."""

@@ -1,0 +1,199 @@
+"""The tune as one rank runs it, inside a killable child: build, examine, sweep, report.
+
+Rank 0 decides what to measure next and when the budget is spent; the others follow. Every step
+names the provider whose code runs, so that the supervisor can tell whose fault a silence is.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from typing import TYPE_CHECKING, Any
+
+import fusewise
+from fusewise.backends.registry import baseline_id, ids_for, select
+from fusewise.backends.steps import build_backend
+from fusewise.errors import UnavailableError, VerificationError
+from fusewise.operation import Op, unfused_path
+from fusewise.profiles.plan import decide_points
+from fusewise.profiles.schema import Exclusion, Profile, Provenance, Sample
+from fusewise.ranks.agreement import fingerprint_of
+from fusewise.ranks.group import Group
+from fusewise.shape import Shape
+from fusewise.tune.probe import examine
+from fusewise.tune.settings import Settings
+from fusewise.tune.sweep import coarse_order, next_shapes
+from fusewise.tune.timing import Arena, Buffers, Runner, interleave
+from fusewise.tune.verify import verify
+
+if TYPE_CHECKING:
+    from fusewise.backends.base import Backend
+    from fusewise.node import Fingerprint
+    from fusewise.ranks.worker import Worker
+
+_BUILD_S = 300.0  # a provider may compile its kernels at first use
+_STEP_S = 45.0
+_BISECTIONS = 6
+_METHOD = (
+    "verified per shape; {rounds} interleaved rounds, max over ranks, paired medians; "
+    "CUDA graphs on GPUs, batched calls on CPUs; inputs rotated"
+)
+
+
+@dataclass
+class Tune:
+    """The state of one tune on one rank."""
+
+    worker: Worker
+    group: Group
+    settings: Settings
+    node: Fingerprint
+    arena: Arena
+    candidates: list[Backend] = field(default_factory=list)
+    excluded: dict[str, str] = field(default_factory=dict)
+    samples: list[Sample] = field(default_factory=list)
+    began_s: float = field(default_factory=time.monotonic)
+
+    @property
+    def baseline(self) -> str:
+        """The path everything is compared with."""
+        return unfused_path(baseline_id(self.node.device_type))
+
+
+def tune_rank(worker: Worker, request: dict[str, Any]) -> str | None:
+    """The job: returns the profile's JSON on rank 0, None elsewhere."""
+    settings = Settings(**request["settings"])
+    group = Group(timeout_s=settings.timeout_s)
+    arena = Arena(group, settings.max_shape)
+    tune = Tune(worker, group, settings, fingerprint_of(group), arena)
+    tune.excluded |= request["excluded"]
+    _build(tune)
+    _sweep(tune)
+    # Closing is collective: after a failure this process simply ends, and takes its memory along.
+    for backend in tune.candidates:
+        backend.close()
+    return _profile(tune).to_json() if group.rank == 0 else None
+
+
+def _build(tune: Tune) -> None:
+    """Builds and examines every candidate; what fails on any rank is excluded on all."""
+    settings, group = tune.settings, tune.group
+    for backend_id in ids_for(tune.node.device_type):
+        if backend_id in tune.excluded:
+            continue
+        if backend_id in select(settings.without):
+            tune.excluded[backend_id] = "excluded by --without"
+            continue
+        tune.worker.phase(f"build {backend_id}", backend_id, _BUILD_S)
+        backend, failed = build_backend(backend_id, group, tune.node, settings.max_shape)
+        if backend is None:
+            _exclude(tune, backend_id, failed)
+            continue
+        tune.worker.phase(f"verify {backend_id}", backend_id, _BUILD_S)
+        try:
+            examine(backend, tune.arena, min(settings.hidden_sizes), settings.dtype)
+        except VerificationError as error:
+            backend.close()
+            _exclude(tune, backend_id, str(error))
+        else:
+            tune.candidates.append(backend)
+            tune.worker.emit("ready", path=backend.path_name())
+
+
+def _exclude(tune: Tune, backend_id: str, reason: str) -> None:
+    if backend_id == baseline_id(tune.node.device_type):
+        raise UnavailableError(f"the baseline {backend_id} does not work here", got=reason)
+    tune.excluded[backend_id] = reason
+    tune.worker.emit("excluded", backend=backend_id, reason=reason)
+
+
+def _sweep(tune: Tune) -> None:
+    settings = tune.settings
+    grid = coarse_order(
+        settings.hidden_sizes, settings.min_bytes, settings.max_bytes, settings.dtype
+    )
+    first = settings.hidden_sizes[0]
+    todo: list[tuple[Op, Shape]] = [("all_reduce_rms_norm", shape) for shape in grid]
+    todo += [("all_reduce", shape) for shape in grid if shape.hidden_size == first]
+    _measure(tune, todo)
+    for _ in range(_BISECTIONS):
+        shapes = [Shape(*shape) for shape in tune.group.broadcast("bisect", _midpoints(tune))]
+        if not shapes or not _measure(tune, [("all_reduce_rms_norm", s) for s in shapes]):
+            break
+
+
+def _midpoints(tune: Tune) -> list[tuple[int, int, str]]:
+    if tune.group.rank:
+        return []
+    profile = _profile(tune)
+    fused = {path.name: path.provider for path in profile.paths if path.fused}
+    shapes = next_shapes(decide_points(profile), fused)
+    return [(shape.num_tokens, shape.hidden_size, shape.dtype) for shape in shapes]
+
+
+def _measure(tune: Tune, todo: Sequence[tuple[Op, Shape]]) -> bool:
+    """Measures in order until done or the budget is spent; False once it is."""
+    for i, (op, shape) in enumerate(todo):
+        spent_s = time.monotonic() - tune.began_s
+        # Two points make a plan; without them there is nothing to report.
+        enough = len({s.num_tokens for s in tune.samples}) >= 2
+        if tune.group.broadcast("budget", spent_s > tune.settings.budget_s and enough):
+            return False
+        tune.worker.emit("progress", done=i, planned=len(todo), op=op, shape=str(shape))
+        _measure_point(tune, op, shape)
+    return True
+
+
+def _measure_point(tune: Tune, op: Op, shape: Shape) -> None:
+    group, runners = tune.group, []
+    buffers = Buffers(tune.arena, shape)
+    for backend in list(tune.candidates):
+        if backend.admits(shape) is not None or (op == "all_reduce" and not backend.plain):
+            continue
+        tune.worker.phase(f"{backend.id} {op} {shape}", backend.id, _STEP_S)
+        try:
+            verify(backend, group, op, shape, seed=shape.num_tokens)
+        except VerificationError as error:
+            _quarantine(tune, backend, str(error))
+            continue
+        runners.append(Runner(backend, op, buffers))
+    tune.worker.phase(f"time {op} {shape}", None, _STEP_S)
+    for path, times_us in interleave(group, runners, tune.settings.rounds).items():
+        sample = Sample(
+            op=op, path=path, num_tokens=shape.num_tokens, hidden_size=shape.hidden_size,
+            times_us=times_us,
+        )  # fmt: skip
+        tune.samples.append(sample)
+
+
+def _quarantine(tune: Tune, backend: Backend, reason: str) -> None:
+    """Wrong once is out: its earlier timings go too."""
+    _exclude(tune, backend.id, reason)
+    tune.candidates.remove(backend)
+    names = (backend.id, backend.path_name())
+    tune.samples = [sample for sample in tune.samples if sample.path not in names]
+    backend.close()
+
+
+def _profile(tune: Tune) -> Profile:
+    now = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
+    return Profile(
+        provenance=Provenance(
+            origin="measured",
+            source="fusewise tune",
+            created=now,
+            fusewise=fusewise.__version__,
+            method=_METHOD.format(rounds=tune.settings.rounds),
+            duration_s=round(time.monotonic() - tune.began_s, 1),
+        ),
+        fingerprint=tune.node,
+        dtype=tune.settings.dtype,
+        baseline=tune.baseline,
+        paths=tuple(backend.record() for backend in tune.candidates),
+        samples=tuple(tune.samples),
+        excluded=tuple(
+            Exclusion(path=path, reason=reason[:2000]) for path, reason in tune.excluded.items()
+        ),
+    )

@@ -1,0 +1,13 @@
+// The two-shot kernel for virtual ranks (skew.cuh). FW_* as in two_shot.cu.
+
+#include "two_shot.cuh"
+#include "skew.cuh"
+
+using namespace fusewise;
+
+extern "C" __global__ void __launch_bounds__(FW_MAX_THREADS, FW_MIN_BLOCKS)
+    fusewise_two_shot(const __grid_constant__ VirtualParams<TwoShotParams> params) {
+  __shared__ TwoShotShared shared;
+  two_shot<FW_TYPE, FW_WORLD, Output::FW_OUTPUT, FW_EARLY_TRIGGER,
+           RandomSkew>(params.ranks[blockIdx.y], shared);
+}

@@ -1,0 +1,166 @@
+"""Which instance runs a shape: both sides of every boundary."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import fusewise.backends.native.cuda
+from fusewise.backends.native import variants
+from fusewise.backends.native.variants import LaunchShape, block_limit, bound, widest_row
+from fusewise.errors import InputError
+from fusewise.shape import Shape
+
+KERNELS = Path(fusewise.backends.native.cuda.__file__).parent
+MIB = 2**20
+
+
+def one_shot(num_tokens: int, hidden_size: int, world_size: int = 2, sm: int = 90) -> LaunchShape:
+    return LaunchShape.one_shot(Shape(num_tokens, hidden_size), world_size, sm, "kNorm")
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "hidden_size", "vectors", "threads"),
+    [
+        (1, 2048, 1, 256),
+        (2048, 2048, 1, 256),  # 8 MiB, the last size with one vector
+        (2049, 2048, 2, 128),
+        (1, 4088, 1, 512),  # 511 vectors
+        (1, 4096, 2, 256),  # 512 vectors
+        (1, 2880, 1, 384),  # 360 vectors: the last warp is partly idle
+        (1, 7168, 2, 448),
+        (1, 8, 1, 32),
+        (1, 8192, 2, 512),
+    ],
+)
+def test_vectors_and_threads_of_one_shot(
+    num_tokens: int, hidden_size: int, vectors: int, threads: int
+) -> None:
+    launch = one_shot(num_tokens, hidden_size)
+    assert (launch.instance.vectors, launch.threads) == (vectors, threads)
+    assert launch.instance.blocks == 1
+    assert launch.instance.max_threads >= launch.threads
+
+
+@pytest.mark.parametrize(
+    ("hidden_size", "sm", "vectors", "blocks", "threads"),
+    [
+        (8192, 90, 2, 1, 512),
+        (8200, 90, 2, 2, 288),  # 1025 vectors: more than 2 x 512
+        (16384, 90, 2, 2, 512),
+        (16392, 90, 2, 4, 288),
+        (32768, 90, 2, 4, 512),
+        (32776, 90, 4, 4, 288),
+        (8192, 80, 2, 1, 512),
+        (8200, 80, 4, 1, 288),  # no clusters
+        (16384, 80, 4, 1, 512),
+    ],
+)
+def test_wide_rows_take_a_cluster_where_there_are_any(
+    hidden_size: int, sm: int, vectors: int, blocks: int, threads: int
+) -> None:
+    launch = one_shot(1, hidden_size, sm=sm)
+    assert (launch.instance.vectors, launch.instance.blocks) == (vectors, blocks)
+    assert launch.threads == threads
+
+
+@pytest.mark.parametrize(("sm", "blocks"), [(80, 1), (90, 4), (100, 4)])
+@pytest.mark.parametrize("world_size", [2, 4, 8])
+def test_the_widest_row_runs_and_the_next_is_refused(sm: int, blocks: int, world_size: int) -> None:
+    widest = 8 * widest_row(world_size, sm)
+    launch = one_shot(1, widest, world_size, sm)
+    assert launch.instance.blocks == blocks
+    with pytest.raises(InputError, match="row too wide"):
+        one_shot(1, widest + 8, world_size, sm)
+
+
+@pytest.mark.parametrize("world_size", [2, 4, 8])
+@pytest.mark.parametrize("hidden_size", [8, 64, 2048, 2880, 3584, 5120, 7168, 8192, 16384])
+def test_every_vector_of_a_row_has_a_thread(hidden_size: int, world_size: int) -> None:
+    launch = one_shot(3, hidden_size, world_size)
+    instance = launch.instance
+    reached = launch.threads * instance.vectors * instance.blocks
+    assert reached * 8 >= hidden_size
+    assert launch.threads % 32 == 0
+    assert instance.max_threads <= block_limit(world_size, instance.vectors)
+    registers = variants._REGISTERS[world_size, instance.vectors]
+    assert instance.max_threads * instance.min_blocks * registers <= 65536
+
+
+def test_dependent_launch_needs_sm_90() -> None:
+    assert not one_shot(1, 2048, sm=89).dependent_launch
+    assert one_shot(1, 2048, sm=90).dependent_launch
+    assert not LaunchShape.two_shot(Shape(1, 2048), 4, 89, "kNorm").dependent_launch
+
+
+@pytest.mark.parametrize(("resident", "grid"), [(0, 1), (1, 1), (99, 99), (100, 100), (101, 100)])
+def test_the_grid_never_exceeds_what_is_resident(resident: int, grid: int) -> None:
+    assert one_shot(100, 2048).grid(resident) == grid
+
+
+def test_a_cluster_counts_as_one_worker() -> None:
+    assert one_shot(100, 8200).grid(7) == 14
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "rows", "tiles"),
+    [(1, 1, 1), (527, 1, 527), (528, 2, 264), (529, 2, 265), (4223, 15, 282), (4224, 16, 264),
+     (100_000, 16, 6250)],
+)  # fmt: skip
+def test_tiles_of_two_shot_grow_when_the_device_is_full(
+    num_tokens: int, rows: int, tiles: int
+) -> None:
+    launch = LaunchShape.two_shot(Shape(num_tokens, 2048), 8, 90, "kNorm")
+    assert (launch.rows_per_tile, launch.workers) == (rows, tiles)
+
+
+@pytest.mark.parametrize("hidden_size", [8, 2880, 8192, 65536])
+@pytest.mark.parametrize("world_size", [4, 8])
+def test_a_tile_fits_its_shared_memory(hidden_size: int, world_size: int) -> None:
+    launch = LaunchShape.two_shot(Shape(100_000, hidden_size), world_size, 90, "kNorm")
+    units = variants.units_per_row(variants.round_up(hidden_size // 8, world_size) // world_size)
+    assert launch.rows_per_tile * units <= constant("two_shot_tile.cuh", "kMaxTileUnits")
+    assert launch.rows_per_tile <= constant("two_shot_tile.cuh", "kMaxTileRows")
+    assert 64 <= launch.threads <= launch.instance.max_threads
+
+
+def test_constants_agree_with_the_sources() -> None:
+    assert constant("two_shot_tile.cuh", "kMaxTileRows") == variants.MAX_TILE_ROWS
+    assert constant("slots.cuh", "kWarp") * constant("slots.cuh", "kVectorBytes") == 512
+    assert constant("slots.cuh", "kMaxRanks") == max(variants.WORLD_SIZES)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_the_sentinel_and_its_stand_in_are_nan_in_every_element(dtype: torch.dtype) -> None:
+    for name in ("kSentinel", "kCanonicalNan"):
+        word = constant("slots.cuh", name)
+        elements = torch.tensor([word - 2**32], dtype=torch.int32).view(dtype)
+        assert elements.isnan().all()
+    assert constant("slots.cuh", "kSentinel") != constant("slots.cuh", "kCanonicalNan")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_no_number_and_no_usual_nan_is_the_sentinel(dtype: torch.dtype) -> None:
+    word = constant("slots.cuh", "kSentinel") - 2**32
+    tiny = torch.finfo(dtype).smallest_normal
+    values = [0.0, -0.0, tiny / 4, -tiny / 4, 1.0, float("inf"), float("-inf"), float("nan")]
+    pairs = torch.tensor([[a, b] for a in values for b in values], dtype=dtype)
+    assert not (pairs.view(torch.int32) == word).any()
+
+
+def test_defines_are_what_the_sources_ask_for() -> None:
+    names = {name for name, _ in bound(one_shot(1, 2048).instance, 256).defines()}
+    asked = set()
+    for path in KERNELS.glob("*.cu"):
+        asked |= set(re.findall(r"\bFW_[A-Z_]+\b", path.read_text()))
+    assert asked == names
+
+
+def constant(file: str, name: str) -> int:
+    """The value of a C++ constant in a kernel source."""
+    found = re.search(rf"constexpr \w+ {name} = (0x[0-9a-f]+|\d+)u?;", (KERNELS / file).read_text())
+    assert found, f"{name} is not in {file}"
+    return int(found[1], 0)
