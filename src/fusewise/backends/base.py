@@ -7,6 +7,7 @@ A backend answers two questions it must not mix up with a third: *can it run on 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -17,6 +18,8 @@ from fusewise.profiles.schema import Numerics, PathRecord
 from fusewise.shape import Shape
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from torch import Tensor
 
     from fusewise.node import Fingerprint
@@ -100,6 +103,15 @@ class Backend(ABC):
 
     def capture_end(self) -> None:  # noqa: B027  most have nothing to register
         """Called on all ranks after a CUDA graph was captured; backends register buffers here."""
+
+    @contextmanager
+    def capture(self) -> Iterator[None]:
+        """Around a CUDA graph capture. Collective at exit, also when the capture failed."""
+        self.capture_begin()
+        try:
+            yield
+        finally:
+            self.capture_end()
 
     def check(self) -> None:  # noqa: B027  most fail in the call itself
         """Raises RankTimeoutError if a kernel gave up waiting, also one of a replayed graph."""

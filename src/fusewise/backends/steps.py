@@ -42,7 +42,13 @@ def build_backend(
     return (None, failed) if failed else (backend, "")
 
 
-def together(group: Group, phase: str, step: Callable[[], T], hint: str | None = None) -> T:
+def together(
+    group: Group,
+    phase: str,
+    step: Callable[[], T],
+    hint: str | None = None,
+    kind: type[UnavailableError] = UnavailableError,
+) -> T:
     """What ``step`` returns, once it has returned on every rank.
 
     Args:
@@ -50,9 +56,10 @@ def together(group: Group, phase: str, step: Callable[[], T], hint: str | None =
         phase: the words an error uses, such as ``"custom: allocate"``.
         step: local work, or a collective whose own entry cannot fail on one rank only.
         hint: what the reader can do if it fails.
+        kind: of the error; ``WorkspaceError`` where memory is shared.
 
     Raises:
-        UnavailableError: on every rank, naming the rank that failed and its error.
+        UnavailableError (``kind``): on every rank, naming the rank that failed and its error.
         RankTimeoutError: a rank never came back from its step.
     """
     result: list[T] = []
@@ -63,7 +70,7 @@ def together(group: Group, phase: str, step: Callable[[], T], hint: str | None =
         error = fault
     failed = group.vote(phase, error)
     if failed or not result:
-        raise UnavailableError("the backend cannot be built", got=failed, hint=hint) from error
+        raise kind("the backend cannot be built", got=failed, hint=hint) from error
     return result[0]
 
 

@@ -20,8 +20,9 @@ from fusewise.graph.decide import Choice
 from fusewise.graph.fusion_pass import FusionPass
 from fusewise.graph.interpreted import interpreted_backend
 from fusewise.operation import all_reduce_of
-from fusewise.profiles.bands import Band, Plan, Table
+from fusewise.profiles.bands import Plan, Table, default_band
 from fusewise.shape import DType
+from fusewise.tune.timing import captured
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -38,14 +39,10 @@ def forcing_plan(choice: Choice, dtype: DType, hidden_size: int, baseline: str) 
     bare = all_reduce_of(baseline)
     bare = "forced" if choice == "all_reduce only" else bare
     tables = (
-        Table("all_reduce_rms_norm", hidden_size, (_everywhere(fused),), 0, 0),
-        Table("all_reduce", hidden_size, (_everywhere(bare),), 0, 0),
+        Table("all_reduce_rms_norm", hidden_size, (default_band(fused),), 0, 0),
+        Table("all_reduce", hidden_size, (default_band(bare),), 0, 0),
     )
     return Plan(dtype, baseline, tables, f"forces {choice}")
-
-
-def _everywhere(path: str) -> Band:
-    return Band(0, None, path, "inconclusive", "engine default")
 
 
 class Compiled:
@@ -134,27 +131,12 @@ class DecodeRunner:
         for _ in range(_WARM_STEPS):
             self._eager()
         if batch.ids.is_cuda:
-            self._advance = self._captured()
+            # Position and cache are read from memory at each replay.
+            self._advance = captured(self.communicator, self._eager, calls=1, warm=1)
 
-    def _eager(self) -> None:
+    def _eager(self, _: int = 0) -> None:
         self.logits = self._function(self.batch.ids, self.batch.cache)
         self.batch.ids.copy_(self.logits.argmax(-1, keepdim=True))
-
-    def _captured(self) -> Callable[[], None]:
-        """One step as a CUDA graph; position and cache are read from memory at each replay."""
-        side: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            self._eager()
-        torch.cuda.current_stream().wait_stream(side)
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with (
-            self.communicator.capture(),
-            torch.cuda.graph(graph, capture_error_mode="thread_local"),
-        ):
-            self._eager()
-        return graph.replay
 
     def first_logits(self) -> Tensor:
         """[batch, vocabulary] after one step from the start."""

@@ -214,13 +214,10 @@ class Communicator:
         Collective at exit, also when the capture failed. A graph captured outside of it is right
         too; backends that would read peers' tensors in place then copy into their own buffer.
         """
-        for backend in self._backends.values():
-            backend.capture_begin()
-        try:
-            yield
-        finally:
+        with contextlib.ExitStack() as stack:
             for backend in self._backends.values():
-                backend.capture_end()
+                stack.enter_context(backend.capture())
+            yield
 
     def check(self) -> None:
         """Asks every backend whether a kernel gave up waiting for a peer; costs no synchronisation.

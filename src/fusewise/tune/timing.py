@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from fusewise.backends.base import Backend
     from fusewise.ranks.group import Group
+    from fusewise.run.communicator import Communicator
 
 # A round long enough that its edges (graph launch, scheduler tick) weigh under two percent, at an
 # expected time per call of floor + bytes / rate: for GPUs the order of the published two-GPU times,
@@ -84,6 +85,8 @@ class Runner:
         self._cuda = backend.group.device.type == "cuda"
         call = bound_call(backend, op, buffers)
         self._run = captured(backend, call, self.calls) if self._cuda else _looped(call, self.calls)
+        self._run()
+        synchronise(backend.group.device)
 
     def start(self) -> tuple[Any, Any]:
         """Enqueues one round; returns its two marks."""
@@ -161,30 +164,26 @@ def _looped(call: Callable[[int], Any], calls: int) -> Callable[[], None]:
         for i in range(calls):
             call(i)
 
-    run()
     return run
 
 
-def captured(backend: Backend, call: Callable[[int], Any], calls: int) -> Callable[[], None]:
-    """A CUDA graph of ``calls`` calls, registered with the backend and replayed once.
+def captured(
+    owner: Backend | Communicator, call: Callable[[int], Any], calls: int, warm: int = _WARM_CALLS
+) -> Callable[[], None]:
+    """A CUDA graph of ``calls`` calls, registered with the backends of its owner.
 
-    Called eagerly first: kernels that compile at first use must not do so under capture.
+    Called eagerly ``warm`` times first: kernels that compile at first use must not do so under
+    capture.
     """
     side: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        for i in range(_WARM_CALLS):
+        for i in range(warm):
             call(i)
     torch.cuda.current_stream().wait_stream(side)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    backend.capture_begin()
-    try:
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            for i in range(calls):
-                call(i)
-    finally:
-        backend.capture_end()
-    graph.replay()
-    torch.cuda.synchronize()
+    with owner.capture(), torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        for i in range(calls):
+            call(i)
     return graph.replay

@@ -8,10 +8,13 @@ It knows sizes and sentinels, no kernels.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from fusewise.backends.native.variants import UNIT_BYTES, VECTOR_BYTES
+from fusewise.backends.steps import together
 from fusewise.errors import UnavailableError, WorkspaceError
 
 if TYPE_CHECKING:
@@ -20,11 +23,12 @@ if TYPE_CHECKING:
     from fusewise.ranks.group import Group
     from fusewise.shape import Shape
 
-UNIT_BYTES = 512  # 32 lanes of 16 bytes: what one epoch counts (cuda/slots.cuh)
-VECTOR_BYTES = 16
 EMPTY_BYTE = 0xFF  # every byte of the sentinel 0xffffffff
 STATUS_WORDS = 8  # struct Status in cuda/slots.cuh needs five
 PTRACE_HINT = "In a container, exchanging memory handles needs --cap-add=SYS_PTRACE; or use nccl."
+
+
+_together = partial(together, kind=WorkspaceError)
 
 
 @dataclass(frozen=True)
@@ -110,12 +114,14 @@ class Region:
 
     def __init__(self, group: Group, layout: SlotLayout, label: str) -> None:
         self.layout = layout
-        buffer, self.epochs = _together(group, f"{label}: allocate", self._allocate, group)
-        self._handle = _together(group, f"{label}: rendezvous", _rendezvous, buffer, group)
+        buffer, self.epochs = _together(group, f"{label}: allocate", lambda: self._allocate(group))
+        self._handle = _together(
+            group, f"{label}: rendezvous", lambda: _rendezvous(buffer, group), PTRACE_HINT
+        )
         self._buffer: Tensor | None = buffer
         self.slots = [int(pointer) for pointer in self._handle.buffer_ptrs]
         # The fill above ended before anybody left this vote: no peer pushes before it.
-        _together(group, f"{label}: map", self._check, group)
+        _together(group, f"{label}: map", lambda: self._check(group))
 
     def _allocate(self, group: Group) -> tuple[Tensor, Tensor]:
         buffer = _symmetric_bytes(self.layout.size_bytes, group.device)
@@ -221,17 +227,3 @@ def _mapped_words(count: int) -> Tensor:
     Page-locked memory has one address for host and device (unified addressing, 64-bit Linux).
     """
     return torch.zeros(count, dtype=torch.int32, pin_memory=True)
-
-
-def _together(group: Group, phase: str, step: Any, *arguments: Any) -> Any:
-    """What ``step`` returned, once it has returned on every rank; else the same error on all."""
-    result, error = None, None
-    try:
-        result = step(*arguments)
-    except Exception as fault:  # torch's border: whatever it raised, the peers must hear of it
-        error = fault
-    failed = group.vote(phase, error)
-    if failed:
-        hint = PTRACE_HINT if "rendezvous" in phase else None
-        raise WorkspaceError(f"{group}: no shared workspace", got=failed, hint=hint) from error
-    return result
