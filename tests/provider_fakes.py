@@ -21,30 +21,6 @@ WORLD = 2
 VERSION = "0.6.11.post2"
 
 
-class MirrorGroup:
-    """A group whose other ranks answer what this one says."""
-
-    def __init__(self, world_size: int = WORLD) -> None:
-        self.rank, self.world_size, self.ranks = 0, world_size, list(range(world_size))
-        self.device, self.name, self.timeout_s = torch.device("cpu"), "0", 5.0
-        self.process_group: Any = types.SimpleNamespace(group_name="0")
-        self.phases: list[str] = []
-
-    def gather(self, phase: str, value: Any) -> list[Any]:
-        self.phases.append(phase)
-        return [value] * self.world_size
-
-    def vote(self, phase: str, error: Any) -> str | None:
-        self.phases.append(phase)
-        return None if error is None else f"{phase}: rank 0: {type(error).__name__}: {error}"
-
-    def agree(self, phase: str, value: Any) -> None:
-        self.phases.append(phase)
-
-    def barrier(self, phase: str) -> None:
-        self.phases.append(phase)
-
-
 class Workspace:
     """Answers like TRTLLMAllReduceFusionWorkspace, whose check counts elements only."""
 

@@ -10,18 +10,13 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from fusewise.backends import custom, flashinfer, flashinfer_limits, nccl_symm, symm_mem
+from fusewise.backends import flashinfer_limits, nccl_symm
+from fusewise.backends.registry import all_ids, backend_class, baseline_id, ids_for
 from fusewise.node import Fingerprint
 
-BACKENDS = {
-    "symm_mem.one_shot": symm_mem.OneShot,
-    "symm_mem.two_shot": symm_mem.TwoShot,
-    "multimem": symm_mem.Multimem,
-    "flashinfer.one_shot": flashinfer.OneShot,
-    "flashinfer.two_shot": flashinfer.TwoShot,
-    "custom": custom.Custom,
-    "nccl_symm": nccl_symm.NcclSymm,
-}
+BACKENDS = {name: backend_class(name) for name in all_ids()}
+GPU_IDS = ids_for("cuda")
+PEERS_ONLY = [name for name in GPU_IDS if name != baseline_id("cuda")]
 FLASHINFER = ("flashinfer.one_shot", "flashinfer.two_shot", "custom")
 SWITCHES = (
     "TORCH_SYMMMEM", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF", "NCCL_WIN_ENABLE",
@@ -41,7 +36,7 @@ def _node(**changes: Any) -> Fingerprint:
 def _everything_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in SWITCHES:
         monkeypatch.delenv(name, raising=False)
-    _packages(monkeypatch, "flashinfer", "flashinfer_jit_cache")
+    _packages(monkeypatch, "flashinfer", "flashinfer_jit_cache", "cuda.core", "cuda.bindings")
     monkeypatch.setattr(shutil, "which", lambda name: None)
     _nccl(monkeypatch, "register_mem_pool(self, pool: MemPool, symm: bool = False) -> None")
 
@@ -59,12 +54,12 @@ def _nccl(monkeypatch: pytest.MonkeyPatch, doc: str | None) -> None:
     monkeypatch.setattr(dist, "ProcessGroupNCCL", kind, raising=False)
 
 
-@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("name", GPU_IDS)
 def test_all_are_available_on_eight_h200s(name: str) -> None:
     assert BACKENDS[name].available(_node()) is None
 
 
-@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("name", PEERS_ONLY)
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -80,6 +75,16 @@ def test_none_is_without_gpus_peers_or_one_host(
 
 
 CASES: list[tuple[str, dict[str, Any], str | None]] = [
+    ("nccl", {}, None),
+    ("nccl", {"device_type": "cpu", "sm": None}, "GPU"),
+    ("gloo", {"device_type": "cpu", "sm": None}, None),
+    ("gloo", {}, "nccl"),
+    ("shm.one_shot", {"device_type": "cpu", "sm": None}, None),
+    ("shm.one_shot", {"device_type": "cpu", "sm": None, "nodes": 2}, "host"),
+    ("native.one_shot", {"sm": 75}, "sm_80"),
+    ("native.one_shot", {"world_size": 6}, "2, 4, 8 ranks"),
+    ("native.two_shot", {"world_size": 2}, "4, 8 ranks"),
+    ("native.two_shot", {"device_type": "cpu", "sm": None}, "GPUs"),
     ("symm_mem.one_shot", {"sm": 75}, "sm_80"),
     ("symm_mem.one_shot", {"sm": 80, "world_size": 3, "multicast": False}, None),
     ("symm_mem.two_shot", {"sm": 80, "fabric": "pcie"}, None),
@@ -182,3 +187,7 @@ def test_torch_without_symmetric_windows(
 ) -> None:
     _nccl(monkeypatch, doc)
     assert words in str(nccl_symm.NcclSymm.available(_node()))
+
+
+def test_every_backend_is_asked_about() -> None:
+    assert {name for name, *_ in CASES} == set(all_ids())

@@ -10,7 +10,8 @@ import torch
 from fusewise.backends import custom
 from fusewise.errors import RankError, UnavailableError
 from fusewise.shape import Shape
-from tests.provider_fakes import Fakes, MirrorGroup, check_reduces, rows
+from tests.groups import MirrorGroup
+from tests.provider_fakes import Fakes, check_reduces, rows
 
 MAX = Shape(64, 2048, "bfloat16")  # 256 KiB
 
@@ -96,7 +97,11 @@ def test_custom_names_ranks_that_captured_other_graphs(
 ) -> None:
     backend = _custom()
     facts = [{"handles": "", "offsets": []}, {"handles": "00", "offsets": [0]}]
-    monkeypatch.setattr(backend.group, "gather", lambda phase, value: facts)
+    mirrored = backend.group.gather
+    monkeypatch.setattr(
+        backend.group, "gather",
+        lambda phase, value: facts if isinstance(value, dict) else mirrored(phase, value),
+    )  # fmt: skip
     with pytest.raises(RankError, match="rank 0: 0, rank 1: 1"):
         backend.capture_end()
     assert backend.admits(Shape(1, 2048)) is not None

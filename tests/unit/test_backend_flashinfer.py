@@ -16,7 +16,8 @@ from fusewise.backends.base import Backend
 from fusewise.backends.norm import residual_rms_norm
 from fusewise.errors import InputError, UnavailableError
 from fusewise.shape import DType, Shape
-from tests.provider_fakes import FakeComm, Fakes, FakeVllm, MirrorGroup, check_reduces, rows
+from tests.groups import MirrorGroup
+from tests.provider_fakes import FakeComm, Fakes, FakeVllm, check_reduces, rows
 
 MAX = Shape(64, 2048, "bfloat16")  # 256 KiB
 

@@ -13,7 +13,8 @@ import torch.distributed as dist
 from fusewise.backends import nccl_symm
 from fusewise.errors import UnavailableError
 from fusewise.shape import Shape
-from tests.provider_fakes import MirrorGroup, check_reduces, rows
+from tests.groups import MirrorGroup
+from tests.provider_fakes import check_reduces, rows
 
 MAX = Shape(64, 2048, "bfloat16")  # 256 KiB
 

@@ -13,7 +13,8 @@ from fusewise.backends import symm_mem
 from fusewise.backends.base import Backend
 from fusewise.errors import UnavailableError
 from fusewise.shape import Shape
-from tests.provider_fakes import MirrorGroup, check_reduces, rows
+from tests.groups import MirrorGroup
+from tests.provider_fakes import check_reduces, rows
 
 MAX = Shape(64, 2048, "bfloat16")  # 256 KiB
 

@@ -16,7 +16,7 @@ from fusewise.backends.native.strategies import OneShot, TwoShot
 from fusewise.errors import InputError, RankTimeoutError, UnavailableError
 from fusewise.node import Fingerprint
 from fusewise.shape import Shape
-from tests.provider_fakes import MirrorGroup
+from tests.groups import MirrorGroup
 from tests.unit.test_workspace import Host
 
 pytest.importorskip("cuda.core", reason='needs pip install "fusewise[cuda]"')

@@ -14,44 +14,9 @@ from fusewise.backends.native.cuda.launch import Kernels
 from fusewise.backends.native.strategies import OneShot
 from fusewise.errors import UnavailableError
 from fusewise.shape import Shape
+from tests.groups import BOUND_S, Room, ThreadGroup
 
 pytest.importorskip("cuda.core", reason='needs pip install "fusewise[cuda]"')
-
-WORLD = 2
-BOUND_S = 20.0
-
-
-class Room:
-    """Where the threads of a group meet."""
-
-    def __init__(self) -> None:
-        self.barrier = threading.Barrier(WORLD, timeout=BOUND_S)
-        self.values: list[Any] = [None] * WORLD
-
-
-class ThreadGroup:
-    """A group whose ranks are threads; votes as ``Group`` does."""
-
-    def __init__(self, rank: int, room: Room) -> None:
-        self.rank, self.room = rank, room
-        self.world_size, self.ranks, self.timeout_s = WORLD, list(range(WORLD)), 5.0
-        self.device = torch.device("cpu")
-
-    def gather(self, phase: str, value: Any) -> list[Any]:
-        self.room.values[self.rank] = (phase, value)
-        self.room.barrier.wait()
-        seen = list(self.room.values)
-        self.room.barrier.wait()
-        assert len({phase for phase, _ in seen}) == 1, f"ranks are at different steps: {seen}"
-        return [value for _, value in seen]
-
-    def vote(self, phase: str, error: Any) -> str | None:
-        errors = self.gather(phase, None if error is None else f"{type(error).__name__}: {error}")
-        failed = [f"rank {rank}: {text}" for rank, text in enumerate(errors) if text is not None]
-        return f"{phase}: {'; '.join(failed)}" if failed else None
-
-    def __str__(self) -> str:
-        return "group of two threads"
 
 
 STEPS = ["device", "status", "allocate", "rendezvous", "compile"]
@@ -94,7 +59,7 @@ def test_one_failing_rank_fails_all(
         except UnavailableError as error:
             said[rank] = str(error)
 
-    threads = [threading.Thread(target=build, args=(rank,)) for rank in range(WORLD)]
+    threads = [threading.Thread(target=build, args=(rank,)) for rank in range(2)]
     for thread in threads:
         thread.start()
     for thread in threads:

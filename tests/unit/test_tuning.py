@@ -25,6 +25,7 @@ from fusewise.tune.verify import (
     reference,
     settle,
 )
+from tests.groups import MirrorGroup
 from tests.samples import FUSED, UNFUSED, profile_of
 
 
@@ -72,17 +73,6 @@ def test_rounds_hold_more_calls_the_smaller_the_message(kind: str) -> None:
     assert calls[0] <= 32
 
 
-class _Group:
-    """A group of one that plays two: what the other rank would say is given."""
-
-    def __init__(self, other: Any = None) -> None:
-        self.device, self.world_size, self.rank, self.ranks = torch.device("cpu"), 2, 0, [0, 1]
-        self._other = other
-
-    def gather(self, phase: str, value: Any) -> list[Any]:
-        return [value, self._other or value]
-
-
 class _Backend:
     """Right by construction, then spoilt by ``spoil``."""
 
@@ -116,18 +106,18 @@ SPOILS: dict[str, Callable[[torch.Tensor], Any]] = {
 @pytest.mark.parametrize("how", SPOILS)
 def test_verification_counts_what_is_wrong(how: str) -> None:
     for check in (check_all_reduce, check_all_reduce_rms_norm):
-        good = check(_Backend(lambda t: None), _Group(), SHAPE, 5)  # type: ignore[arg-type]
+        good = check(_Backend(lambda t: None), MirrorGroup(), SHAPE, 5)  # type: ignore[arg-type]
         assert good.wrong == 0
-        bad = check(_Backend(SPOILS[how]), _Group(), SHAPE, 5)  # type: ignore[arg-type]
+        bad = check(_Backend(SPOILS[how]), MirrorGroup(), SHAPE, 5)  # type: ignore[arg-type]
         assert bad.wrong > 0
         assert bad.bits != good.bits
         with pytest.raises(VerificationError, match="fake is wrong"):
-            settle(_Group(), "fake", bad)  # type: ignore[arg-type]
+            settle(MirrorGroup(), "fake", bad)  # type: ignore[arg-type]
 
 
 def test_a_systematic_error_below_every_elements_budget_is_still_wrong() -> None:
     drifting = _Backend(lambda t: t.mul_(1.012))
-    assert check_all_reduce_rms_norm(drifting, _Group(), SHAPE, 5).wrong > 0  # type: ignore[arg-type]
+    assert check_all_reduce_rms_norm(drifting, MirrorGroup(), SHAPE, 5).wrong > 0  # type: ignore[arg-type]
 
 
 def test_an_input_that_changes_is_wrong() -> None:
@@ -137,14 +127,14 @@ def test_an_input_that_changes_is_wrong() -> None:
             x.copy_(out)
             return out
 
-    assert check_all_reduce(Overwrites(lambda t: None), _Group(), SHAPE, 5).wrong > 0  # type: ignore[arg-type]
+    assert check_all_reduce(Overwrites(lambda t: None), MirrorGroup(), SHAPE, 5).wrong > 0  # type: ignore[arg-type]
 
 
 def test_ranks_with_other_bits_are_told_apart() -> None:
-    check = check_all_reduce(_Backend(lambda t: None), _Group(), SHAPE, 5)  # type: ignore[arg-type]
+    check = check_all_reduce(_Backend(lambda t: None), MirrorGroup(), SHAPE, 5)  # type: ignore[arg-type]
     other = {"wrong": 0, "relative_error": 0.0, "bits": (1, 2)}
     with pytest.raises(VerificationError, match="differs between ranks"):
-        settle(_Group(other), "fake", check)  # type: ignore[arg-type]
+        settle(MirrorGroup(other=other), "fake", check)  # type: ignore[arg-type]
 
 
 def test_memory_is_poisoned_inside_and_only_inside() -> None:

@@ -12,7 +12,7 @@ from fusewise.backends.native import workspace
 from fusewise.backends.native.workspace import SlotLayout, Workspace
 from fusewise.errors import DisagreementError, UnavailableError, WorkspaceError
 from fusewise.shape import Shape
-from tests.provider_fakes import MirrorGroup
+from tests.groups import MirrorGroup
 
 MIB = 2**20
 
