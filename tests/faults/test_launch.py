@@ -120,7 +120,7 @@ def test_bad_providers_are_excluded_with_their_reasons_and_the_tune_goes_on() ->
     good = {"gloo + rms_norm", "shm.one_shot"}
     assert {path.name for path in profile.paths} == good
     assert {s.path for s in profile.samples if s.op == "all_reduce_rms_norm"} == good
-    reasons = {item.path: item.reason for item in profile.excluded}
+    reasons = {item.backend: item.reason for item in profile.excluded}
     assert reasons.keys() == FAKES.keys()
     assert reasons["fake.crashes"] == "rank 1 was killed by SIGSEGV at 'build fake.crashes'"
     # Rank 0 is as silent while it waits for the rank that spins; whichever is seen first is named.

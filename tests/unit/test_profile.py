@@ -29,6 +29,14 @@ def test_a_profile_survives_its_file() -> None:
     assert sum(line.startswith('  {"op"') for line in text.splitlines()) == len(GOOD.samples)
 
 
+def test_a_profile_of_the_first_release_still_loads() -> None:
+    """It called an excluded backend a path."""
+    old = edited("excluded", value=[{"path": "multimem", "reason": "no multicast"}])
+    (item,) = parse_profile(old, "f.json").excluded
+    assert (item.backend, item.reason) == ("multimem", "no multicast")
+    assert '"backend": "multimem"' in parse_profile(old, "f.json").to_json()
+
+
 @pytest.mark.parametrize(
     ("text", "place"),
     [

@@ -170,7 +170,7 @@ class Page(HTMLParser):
 
 @pytest.fixture(scope="module")
 def written():
-    here = profile(excluded=(Exclusion(path="multimem", reason="no multicast here"),))
+    here = profile(excluded=(Exclusion(backend="multimem", reason="no multicast here"),))
     return html.page(here, derive(here))
 
 
@@ -188,7 +188,7 @@ def test_the_page_stands_alone_and_holds_every_part(written):
 
 
 def test_the_page_escapes_what_a_profile_says():
-    here = profile(device=EVIL, excluded=(Exclusion(path=EVIL, reason=EVIL),))
+    here = profile(device=EVIL, excluded=(Exclusion(backend=EVIL, reason=EVIL),))
     text = html.page(here, derive(here))
     page = Page(text)
     assert "script" not in page.tags

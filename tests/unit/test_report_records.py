@@ -208,7 +208,7 @@ def test_sizes_keep_three_digits(size, text):
 
 def test_excluded_paths_and_numerics_and_identity():
     here = profile(
-        *crossing_between(64, 256), excluded=(Exclusion(path="multimem", reason="no multicast"),)
+        *crossing_between(64, 256), excluded=(Exclusion(backend="multimem", reason="no multicast"),)
     )
     assert excluded(here).records == [{"path": "multimem", "reason": "no multicast"}]
     assert paths(here).records[0]["accumulation"] is None

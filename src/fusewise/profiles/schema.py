@@ -11,7 +11,7 @@ import re
 from collections.abc import Collection
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from fusewise.errors import ProfileError
 from fusewise.node import Fingerprint
@@ -82,9 +82,11 @@ class PublishedCrossover(_Record):
 
 
 class Exclusion(_Record):
-    """A path that was not timed, and why."""
+    """A backend that was not timed, and why. Written as ``path`` until 0.2, and read as either."""
 
-    path: str = Field(min_length=1, max_length=80)
+    backend: str = Field(
+        min_length=1, max_length=80, validation_alias=AliasChoices("backend", "path")
+    )
     reason: str = Field(min_length=1, max_length=2000)
 
 

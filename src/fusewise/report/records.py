@@ -175,7 +175,7 @@ def paths(profile: Profile) -> Section:
 
 
 def excluded(profile: Profile) -> Section:
-    """Paths that were not timed, each with its reason."""
-    records = [{"path": item.path, "reason": item.reason} for item in profile.excluded]
+    """Backends that were not timed, each with its reason."""
+    records = [{"path": item.backend, "reason": item.reason} for item in profile.excluded]
     columns = (Column("path", "path"), Column("reason", "reason"))
     return Section("excluded", columns, records, "Not measured")

@@ -194,6 +194,7 @@ def _profile(tune: Tune) -> Profile:
         paths=tuple(backend.record() for backend in tune.candidates),
         samples=tuple(tune.samples),
         excluded=tuple(
-            Exclusion(path=path, reason=reason[:2000]) for path, reason in tune.excluded.items()
+            Exclusion(backend=backend, reason=reason[:2000])
+            for backend, reason in tune.excluded.items()
         ),
     )
