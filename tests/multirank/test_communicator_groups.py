@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import weakref
 from functools import cache
 from typing import Any
 
@@ -179,3 +180,37 @@ def test_a_group_of_one_only_normalises() -> None:
 def test_without_a_process_group_the_error_says_what_to_call() -> None:
     with pytest.raises(UnavailableError, match="init_process_group"):
         Communicator()
+
+
+def _destroyed(rank: int, callers_own: bool) -> list[str]:
+    """Whether torch's group outlives its destruction, and what is said to those who go on."""
+    made = dist.new_group([0, 1])
+    kept = weakref.ref(made)
+    group = Group(made, timeout_s=20.0) if callers_own else made
+    comm = Communicator(group)
+    other = Communicator(group)
+    x = torch.ones(4, 64)
+    assert torch.equal(comm.all_reduce(x), x * 2)
+    comm.close()
+    comm.close()
+    assert torch.equal(other.all_reduce(x), x * 2), "a closed one left the group alone"
+    dist.destroy_process_group(made)
+    del made
+    if not callers_own:
+        del group
+    said = "nothing"
+    try:
+        other.all_reduce(x)
+    except UnavailableError as error:
+        said = str(error)
+    other.close()
+    other.close()
+    return ["gone" if kept() is None else "kept", said]
+
+
+@pytest.mark.parametrize("callers_own", [False, True])
+def test_no_communicator_keeps_torchs_group_from_its_end(callers_own: bool) -> None:
+    # One kept until the interpreter ends aborts the process there: gloo's threads are still up.
+    for state, said in run_ranks(_destroyed, 2, callers_own):
+        assert state == "gone"
+        assert "its process group was destroyed" in said

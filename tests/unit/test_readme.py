@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
 from fusewise.commands.app import app
+from tests.example_runs import run_example
 
 ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "README.md").read_text()
@@ -22,16 +20,10 @@ def blocks(language: str) -> list[str]:
 
 
 def test_the_python_example_runs_as_printed(tmp_path: Path) -> None:
-    (source,) = blocks("python")
-    example = tmp_path / "example.py"
-    example.write_text(source)
-    run = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(example)],
-        env=os.environ | {"FUSEWISE_HOME": str(tmp_path), "OMP_NUM_THREADS": "1"},
-        capture_output=True, text=True, timeout=100, check=False,
-    )  # fmt: skip
-    assert run.returncode == 0, run.stderr
-    assert run.stdout.count("rms_norm") == 2, "every rank prints its decision"
+    for _ in range(3):  # it used to abort at exit in 12 of 27 runs
+        run = run_example(tmp_path)
+        assert run.returncode == 0, run.stderr
+        assert run.stdout.count("rms_norm") == 2, "every rank prints its decision"
 
 
 def test_the_commands_of_the_readme_exist() -> None:

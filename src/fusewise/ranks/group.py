@@ -7,6 +7,7 @@ deadline, and knows who is missing. Data never travels here; decisions do.
 from __future__ import annotations
 
 import json
+import weakref
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +31,9 @@ class Group:
     Every method that talks takes a ``phase``: the words an error uses for what was going on. All
     ranks must call the same methods in the same order; a rank that does not arrive is named.
 
+    Refers to torch's group without keeping it: torch owns it until ``destroy_process_group``. One
+    kept until the interpreter ends would be torn down then, and gloo's threads abort the process.
+
     Args:
         process_group: torch's group; None for the default (world) group.
         device: where this rank's tensors live; by default the current GPU for an NCCL group,
@@ -51,13 +55,13 @@ class Group:
                 "no process group",
                 hint="Call torch.distributed.init_process_group first, or start with torchrun.",
             )
-        self.process_group: ProcessGroup = (
-            process_group or dist.distributed_c10d._get_default_group()
-        )
-        if dist.get_rank(self.process_group) < 0:
+        process_group = process_group or dist.distributed_c10d._get_default_group()
+        if dist.get_rank(process_group) < 0:
             raise UnavailableError("this rank is not a member of the group it was given")
-        self.rank = dist.get_rank(self.process_group)
-        self.ranks: list[int] = dist.get_process_group_ranks(self.process_group)
+        self._process_group = weakref.ref(process_group)
+        self.name = str(process_group.group_name)  # torch's, as compiled graphs refer to it
+        self.rank = dist.get_rank(process_group)
+        self.ranks: list[int] = dist.get_process_group_ranks(process_group)
         self.world_size = len(self.ranks)
         self.timeout_s = timeout_s
         self.device = torch.device(device) if device is not None else _default_device(self)
@@ -65,9 +69,19 @@ class Group:
         self._turn = 0
 
     @property
-    def name(self) -> str:
-        """torch's name of the group, as compiled graphs refer to it."""
-        return str(self.process_group.group_name)
+    def process_group(self) -> ProcessGroup:
+        """torch's group.
+
+        Raises:
+            UnavailableError: it was destroyed.
+        """
+        found = self._process_group()
+        if found is None:
+            raise UnavailableError(
+                f"{self}: its process group was destroyed",
+                hint="Close the communicator before destroy_process_group; then create new ones.",
+            )
+        return found
 
     def _open_store(self) -> Store:
         members = "-".join(map(str, self.ranks))
