@@ -12,6 +12,7 @@ from .virtual_group import GUARD, POISON, Call, VirtualGroup
 TOLERANCE = {torch.bfloat16: 2.0**-8 + 1e-6, torch.float16: 2.0**-11 + 1e-6, torch.float32: 2e-6}
 FP8_MAX = 448.0
 MIN_SCALE = 1.0 / (FP8_MAX * 512.0)
+MIN_LARGEST = 1e-10
 
 
 def assert_call_is_right(call: Call) -> None:
@@ -42,14 +43,20 @@ def _check_fp8(call: Call) -> None:
     padded = torch.nn.functional.pad(norm, (0, -shape[1] % width))
     blocks = padded.view(shape[0], -1, width)
     if call.instance.output == "kStaticFp8":
-        scales = torch.full(blocks.shape[:2], call.static_scale)
+        quantised = blocks * (1.0 / torch.tensor(call.static_scale))
     else:
-        scales = (blocks.abs().amax(-1) / FP8_MAX).clamp_min(MIN_SCALE)
+        scales = _dynamic_scales(blocks.abs().amax(-1), call.instance.output)
         _same(call.scales[0][: scales.numel()], scales.flatten(), "scales")
-    quantised = blocks * (1.0 / scales)[..., None]
+        quantised = blocks / scales[..., None]
     codes = quantised.clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn).view(torch.uint8)
     expected = codes.reshape(shape[0], -1)[:, : shape[1]]
     _same(call.quantised[0][: shape.numel()].view(shape), expected, "fp8")
+
+
+def _dynamic_scales(largest: Tensor, output: str) -> Tensor:
+    if output == "kGroupFp8":
+        return largest.clamp_min(MIN_LARGEST) / FP8_MAX
+    return (largest / FP8_MAX).clamp_min(MIN_SCALE)
 
 
 def assert_group_is_idle(group: VirtualGroup) -> None:

@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
-from fusewise.backends.native.fp8 import FP8_MAX, GROUP, MIN_SCALE, Fp8, quantise
+from fusewise.backends.native.fp8 import (
+    FP8_MAX,
+    GROUP,
+    MIN_LARGEST,
+    MIN_SCALE,
+    Fp8,
+    Scaling,
+    quantise,
+)
 from fusewise.errors import InputError
 
 
@@ -31,6 +40,51 @@ def test_groups_of_128_and_a_shorter_last_one(hidden_size: int, groups: int) -> 
     assert scales.shape == (3, groups) == Fp8("group").scales_shape(3, hidden_size)
     last = norm[:, (groups - 1) * GROUP :].abs().amax(1) / FP8_MAX
     assert torch.equal(scales[:, -1], last)
+
+
+def test_a_group_of_zeros_keeps_a_finite_scale() -> None:
+    quantised, scales = quantise(torch.zeros(1, 256), Fp8("group"))
+    assert scales.tolist() == [[pytest.approx(MIN_LARGEST / FP8_MAX)] * 2]
+    assert quantised.float().abs().max() == 0.0
+
+
+@pytest.mark.parametrize("scaling", ["static", "token", "group"])
+def test_an_empty_message_has_empty_results(scaling: Scaling) -> None:
+    scale = torch.ones(1) if scaling == "static" else None
+    quantised, scales = quantise(torch.empty(0, 264), Fp8(scaling), scale)
+    assert quantised.shape == (0, 264)
+    assert scales.shape == Fp8(scaling).scales_shape(0, 264)
+
+
+def _near_ties() -> tuple[torch.Tensor, torch.Tensor]:
+    """fp32 rows whose elements lie at the middle between two codes, and each row's scale."""
+    generator = torch.Generator().manual_seed(3)
+    largest = torch.rand(200, 1, generator=generator) * 10 + 0.1
+    scales = largest / FP8_MAX
+    codes = torch.arange(8, 2**7 - 2, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    middles = (codes[:-1] + codes[1:]) / 2
+    norm = torch.cat([scales * middles, largest, torch.zeros(200, 128 - 1 - len(middles))], 1)
+    return norm, scales
+
+
+@pytest.mark.parametrize("scaling", ["static", "token", "group"])
+def test_dynamic_scales_divide_and_static_ones_multiply_by_the_reciprocal(scaling: Scaling) -> None:
+    # vLLM's quantisers do one in each case; at the middle of two codes they round differently.
+    norm, scales = _near_ties()
+    value, by = norm.numpy(), scales.numpy()
+    ways = {"divides": value / by, "multiplies": value * (np.float32(1) / by)}
+    codes = {name: torch.from_numpy(way).to(torch.float8_e4m3fn) for name, way in ways.items()}
+    if scaling == "static":
+        rows = [
+            quantise(row[None], Fp8("static"), s)[0] for row, s in zip(norm, scales, strict=True)
+        ]
+        got = torch.cat(rows)
+    else:
+        got, made = quantise(norm, Fp8(scaling))
+        assert torch.equal(made, scales)
+    right, wrong = ("multiplies", "divides") if scaling == "static" else ("divides", "multiplies")
+    assert torch.equal(got.float(), codes[right].float())
+    assert not torch.equal(got.float(), codes[wrong].float())
 
 
 def test_a_static_scale_saturates_and_keeps_nan() -> None:

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 
 Scaling = Literal["static", "token", "group"]
 FP8_MAX = 448.0  # the largest finite e4m3
-MIN_SCALE = 1.0 / (FP8_MAX * 512.0)  # vLLM's floor for dynamic scales
+MIN_SCALE = 1.0 / (FP8_MAX * 512.0)  # vLLM's floor for a token's scale
+MIN_LARGEST = 1e-10  # vLLM's floor for a group's largest magnitude
 GROUP = 128  # elements of one group
 
 
@@ -105,23 +106,34 @@ def check_static_scale(fp8: Fp8, static_scale: Tensor | None, device: torch.devi
 def quantise(norm: Tensor, fp8: Fp8, static_scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """``(quantised, scales)`` of a norm [num_tokens, hidden_size]: the reference.
 
-    A dynamic scale is the largest magnitude / 448, at least ``MIN_SCALE``; values are multiplied by
-    the scale's fp32 reciprocal, clamped to ±448 and rounded to nearest even. NaN stays NaN.
+    The rule is vLLM's own, bit for bit (its csrc/…/w8a8/fp8, ``static_scaled_fp8_quant``,
+    ``dynamic_per_token_scaled_fp8_quant``, ``per_token_group_fp8_quant`` with eps 1e-10): a static
+    scale multiplies by its fp32 reciprocal; a token's scale is the largest magnitude / 448, at
+    least ``MIN_SCALE``; a group's is its largest magnitude, at least ``MIN_LARGEST``, / 448; both
+    divide. Results are clamped to ±448 and rounded to nearest even. NaN stays NaN, where vLLM's
+    kernels make 448 of it.
     """
     check_static_scale(fp8, static_scale, norm.device)
     value = norm.float()
     if static_scale is not None:
         scales = static_scale.view(1)
-        factor = 1.0 / scales
-    else:
-        groups = _grouped(value) if fp8.scaling == "group" else value.unsqueeze(1)
-        scales = (groups.abs().amax(-1) / FP8_MAX).clamp_min(MIN_SCALE)
-        width = GROUP if fp8.scaling == "group" else norm.shape[1]
-        factor = (1.0 / scales).repeat_interleave(width, 1)[:, : norm.shape[1]]
-    quantised = (value * factor).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
-    return quantised, scales
+        return _rounded(value * scales.reciprocal()), scales
+    # Divisors are tensors: torch on CUDA multiplies by the reciprocal of a scalar.
+    if fp8.scaling == "token":
+        largest = value.abs().amax(-1, keepdim=True)
+        scales = (largest / torch.full_like(largest, FP8_MAX)).clamp_min(MIN_SCALE)
+        return _rounded(value / scales), scales
+    groups = _grouped(value)
+    largest = groups.abs().amax(-1).clamp_min(MIN_LARGEST)
+    scales = largest / torch.full_like(largest, FP8_MAX)
+    scaled = (groups / scales.unsqueeze(-1)).flatten(1)
+    return _rounded(scaled[:, : value.shape[1]].contiguous()), scales
+
+
+def _rounded(scaled: Tensor) -> Tensor:
+    return scaled.clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
 
 
 def _grouped(value: Tensor) -> Tensor:
-    padding = -value.shape[1] % GROUP
-    return torch.nn.functional.pad(value, (0, padding)).view(value.shape[0], -1, GROUP)
+    padded = torch.nn.functional.pad(value, (0, -value.shape[1] % GROUP))
+    return padded.view(value.shape[0], padded.shape[1] // GROUP, GROUP)

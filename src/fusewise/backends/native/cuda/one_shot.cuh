@@ -61,14 +61,14 @@ FW_DEVICE void write_norm(const OneShotParams& p, RowShared<kBlocks>& shared, in
   float fp8_scale = 0.0f;
   if (kOutput == Output::kStaticFp8) fp8_scale = float_of(load_word(p.output.static_scale));
   if (kOutput == Output::kTokenFp8) {
-    fp8_scale = dynamic_scale(row_max<kBlocks>(shared.maxima[turn], row_largest));
+    fp8_scale = dynamic_scale<kOutput>(row_max<kBlocks>(shared.maxima[turn], row_largest));
     if (column[0] == 0) store_word(p.output.scales + row, bits_of(fp8_scale));
   }
   constexpr int kLanes = kGroup / Floats<Type>::kCount;  // of one group; divides a warp
   FW_UNROLL
   for (int i = 0; i < kVectors; ++i) {
     if (kOutput == Output::kGroupFp8) {
-      fp8_scale = dynamic_scale(warp_max(largest[i], kLanes));
+      fp8_scale = dynamic_scale<kOutput>(warp_max(largest[i], kLanes));
       if (column[i] >= 0 && column[i] % kLanes == 0) {
         const int groups = (p.row_vectors + kLanes - 1) / kLanes;
         const long long at = static_cast<long long>(row) * groups + column[i] / kLanes;
@@ -76,7 +76,7 @@ FW_DEVICE void write_norm(const OneShotParams& p, RowShared<kBlocks>& shared, in
       }
     }
     if (column[i] >= 0) {
-      store_e4m3<Type>(p.output.quantised, start + column[i], norm[i], 1.0f / fp8_scale);
+      store_e4m3<Type, kOutput>(p.output.quantised, start + column[i], norm[i], fp8_scale);
     }
   }
 }

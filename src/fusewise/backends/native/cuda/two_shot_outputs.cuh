@@ -55,7 +55,7 @@ FW_DEVICE void write_fp8(const Tile<kWorld>& tile, const TwoShotShared& shared) 
         const Words norm = norm_of<Type>(tile, shared, row, sum, weight_at(p, column));
         largest = max_or_nan(largest, largest_of<Type>(unpack<Type>(norm)));
       }
-      scale = dynamic_scale(warp_max(largest, kWarp));
+      scale = dynamic_scale<kOutput>(warp_max(largest, kWarp));
       if (lane == 0) store_word(p.output.scales + row, bits_of(scale));
     }
     for (int first = 0; first < p.row_vectors; first += kWarp) {
@@ -68,7 +68,7 @@ FW_DEVICE void write_fp8(const Tile<kWorld>& tile, const TwoShotShared& shared) 
       }
       if (kOutput == Output::kGroupFp8) {
         const float largest = used ? largest_of<Type>(unpack<Type>(norm)) : 0.0f;
-        scale = dynamic_scale(warp_max(largest, kLanes));
+        scale = dynamic_scale<kOutput>(warp_max(largest, kLanes));
         if (used && column % kLanes == 0) {
           const long long at = static_cast<long long>(row) * groups + column / kLanes;
           store_word(p.output.scales + at, bits_of(scale));
@@ -78,7 +78,7 @@ FW_DEVICE void write_fp8(const Tile<kWorld>& tile, const TwoShotShared& shared) 
       if (p.output.out != nullptr) {
         store_words(static_cast<char*>(p.output.out) + (start + column) * kVectorBytes, norm);
       }
-      store_e4m3<Type>(p.output.quantised, start + column, unpack<Type>(norm), 1.0f / scale);
+      store_e4m3<Type, kOutput>(p.output.quantised, start + column, unpack<Type>(norm), scale);
     }
   }
 }
