@@ -16,10 +16,12 @@ BOUND_S = 20.0
 class MirrorGroup(Group):
     """Rank 0 of a group whose other ranks answer what it says, or ``other``."""
 
+    process_group: Any = None
+
     def __init__(self, world_size: int = 2, other: Any = None) -> None:
         self.rank, self.world_size, self.ranks = 0, world_size, list(range(world_size))
         self.device, self.timeout_s = torch.device("cpu"), 5.0
-        self.process_group: Any = types.SimpleNamespace(group_name="0")
+        self.process_group, self.name = types.SimpleNamespace(group_name="0"), "0"
         self.phases: list[str] = []
         self._other = other
 

@@ -7,15 +7,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from fusewise.backends.registry import ids_for, select
-from fusewise.backends.steps import build_backend
-from fusewise.operation import Op
-from fusewise.profiles.schema import Sample
+from fusewise.operation import OPERATIONS, Op
 from fusewise.ranks.agreement import fingerprint_of
 from fusewise.ranks.group import Group
-from fusewise.shape import Shape, size_grid
+from fusewise.shape import size_grid
+from fusewise.tune.candidates import build_all, taking
 from fusewise.tune.settings import Settings
-from fusewise.tune.timing import Arena, Buffers, Runner, interleave
+from fusewise.tune.timing import Arena, Buffers, Runner, measured
 from fusewise.tune.verify import check_all_reduce, check_all_reduce_rms_norm
 
 if TYPE_CHECKING:
@@ -24,21 +22,14 @@ if TYPE_CHECKING:
     from fusewise.backends.base import Backend
     from fusewise.ranks.worker import Worker
 
-_OPS: tuple[Op, ...] = ("all_reduce", "all_reduce_rms_norm")
-_BUILD_S = 300.0  # as in job.py
-
 
 def bench_rank(worker: Worker, request: dict[str, Any]) -> list[Any]:
     """The job: [sample, wrong elements] per path, shape and operation, on every rank."""
     settings = Settings(**request["settings"])
     group = Group(timeout_s=settings.timeout_s)
-    node = fingerprint_of(group)
     backends: list[Backend] = []
-    for backend_id in ids_for(node.device_type):
-        if backend_id in select(settings.without) or backend_id in request["excluded"]:
-            continue
-        worker.phase(f"build {backend_id}", backend_id, _BUILD_S)
-        backend, reason = build_backend(backend_id, group, node, settings.max_shape)
+    built = build_all(worker, group, fingerprint_of(group), settings, request["excluded"])
+    for backend_id, backend, reason in built:
         if backend is None:
             worker.emit("excluded", backend=backend_id, reason=reason)
         else:
@@ -53,39 +44,23 @@ def bench_rank(worker: Worker, request: dict[str, Any]) -> list[Any]:
     for i, shape in enumerate(grid):
         worker.emit("progress", done=i, planned=len(grid), op="bench", shape=str(shape))
         buffers = Buffers(arena, shape)
-        for op in _OPS:
-            rows += _bench_point(worker, backends, op, shape, buffers, settings.rounds)
+        for op in reversed(OPERATIONS):
+            rows += _bench_point(worker, backends, op, buffers, settings.rounds)
     for backend in backends:
         backend.close()
     return rows
 
 
 def _bench_point(
-    worker: Worker,
-    backends: Sequence[Backend],
-    op: Op,
-    shape: Shape,
-    buffers: Buffers,
-    rounds: int,
+    worker: Worker, backends: Sequence[Backend], op: Op, buffers: Buffers, rounds: int
 ) -> list[Any]:
-    group, runners, wrong = backends[0].group, [], {}
-    for backend in backends:
-        if backend.admits(shape) is not None or (op == "all_reduce" and not backend.plain):
-            continue
-        worker.phase(f"{backend.id} {op} {shape}", backend.id)
+    group, shape, runners, wrong = backends[0].group, buffers.shape, [], {}
+    for backend in taking(worker, backends, op, shape):
         check = check_all_reduce if op == "all_reduce" else check_all_reduce_rms_norm
         mine = check(backend, group, shape, shape.num_tokens).wrong
         runner = Runner(backend, op, buffers)
         wrong[runner.path] = max(group.gather("wrong", mine))
         runners.append(runner)
     worker.phase(f"time {op} {shape}")
-    return [
-        [
-            Sample(
-                op=op, path=path, num_tokens=shape.num_tokens, hidden_size=shape.hidden_size,
-                times_us=times_us,
-            ).model_dump(mode="json"),
-            wrong[path],
-        ]
-        for path, times_us in interleave(group, runners, rounds).items()
-    ]  # fmt: skip
+    samples = measured(group, runners, op, shape, rounds)
+    return [[sample.model_dump(mode="json"), wrong[sample.path]] for sample in samples]

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 import fusewise
 from fusewise.backends.registry import baseline_id, ids_for, select
-from fusewise.backends.steps import build_backend
 from fusewise.errors import UnavailableError, VerificationError
 from fusewise.operation import Op, unfused_path
 from fusewise.profiles.plan import decide_points
@@ -22,10 +21,11 @@ from fusewise.profiles.schema import Exclusion, Profile, Provenance, Sample
 from fusewise.ranks.agreement import fingerprint_of
 from fusewise.ranks.group import Group
 from fusewise.shape import Shape
+from fusewise.tune.candidates import BUILD_S, STEP_S, build_all, taking
 from fusewise.tune.probe import examine
 from fusewise.tune.settings import Settings
 from fusewise.tune.sweep import coarse_order, next_shapes
-from fusewise.tune.timing import Arena, Buffers, Runner, interleave
+from fusewise.tune.timing import Arena, Buffers, Runner, measured
 from fusewise.tune.verify import verify
 
 if TYPE_CHECKING:
@@ -33,8 +33,6 @@ if TYPE_CHECKING:
     from fusewise.node import Fingerprint
     from fusewise.ranks.worker import Worker
 
-_BUILD_S = 300.0  # a provider may compile its kernels at first use
-_STEP_S = 45.0
 _BISECTIONS = 6
 _METHOD = (
     "verified per shape; {rounds} interleaved rounds, max over ranks, paired medians; "
@@ -79,19 +77,17 @@ def tune_rank(worker: Worker, request: dict[str, Any]) -> str | None:
 
 def _build(tune: Tune) -> None:
     """Builds and examines every candidate; what fails on any rank is excluded on all."""
-    settings, group = tune.settings, tune.group
-    for backend_id in ids_for(tune.node.device_type):
-        if backend_id in tune.excluded:
-            continue
-        if backend_id in select(settings.without):
-            tune.excluded[backend_id] = "excluded by --without"
-            continue
-        tune.worker.phase(f"build {backend_id}", backend_id, _BUILD_S)
-        backend, failed = build_backend(backend_id, group, tune.node, settings.max_shape)
+    settings, known = tune.settings, frozenset(tune.excluded)
+    tune.excluded |= dict.fromkeys(
+        select(settings.without) & set(ids_for(tune.node.device_type)), "excluded by --without"
+    )
+    for backend_id, backend, failed in build_all(
+        tune.worker, tune.group, tune.node, settings, known
+    ):
         if backend is None:
             _exclude(tune, backend_id, failed)
             continue
-        tune.worker.phase(f"verify {backend_id}", backend_id, _BUILD_S)
+        tune.worker.phase(f"verify {backend_id}", backend_id, BUILD_S)
         try:
             examine(backend, tune.arena, min(settings.hidden_sizes), settings.dtype)
         except VerificationError as error:
@@ -149,23 +145,15 @@ def _measure(tune: Tune, todo: Sequence[tuple[Op, Shape]]) -> bool:
 def _measure_point(tune: Tune, op: Op, shape: Shape) -> None:
     group, runners = tune.group, []
     buffers = Buffers(tune.arena, shape)
-    for backend in list(tune.candidates):
-        if backend.admits(shape) is not None or (op == "all_reduce" and not backend.plain):
-            continue
-        tune.worker.phase(f"{backend.id} {op} {shape}", backend.id, _STEP_S)
+    for backend in taking(tune.worker, tune.candidates, op, shape):
         try:
             verify(backend, group, op, shape, seed=shape.num_tokens)
         except VerificationError as error:
             _quarantine(tune, backend, str(error))
             continue
         runners.append(Runner(backend, op, buffers))
-    tune.worker.phase(f"time {op} {shape}", None, _STEP_S)
-    for path, times_us in interleave(group, runners, tune.settings.rounds).items():
-        sample = Sample(
-            op=op, path=path, num_tokens=shape.num_tokens, hidden_size=shape.hidden_size,
-            times_us=times_us,
-        )  # fmt: skip
-        tune.samples.append(sample)
+    tune.worker.phase(f"time {op} {shape}", None, STEP_S)
+    tune.samples += measured(group, runners, op, shape, tune.settings.rounds)
 
 
 def _quarantine(tune: Tune, backend: Backend, reason: str) -> None:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fusewise.operation import Op
+from fusewise.profiles.schema import Sample
 from fusewise.shape import Shape
 from fusewise.tune.settings import ROUNDS
 from fusewise.tune.verify import EPS, normals
@@ -58,6 +59,7 @@ class Buffers:
 
     def __init__(self, arena: Arena, shape: Shape) -> None:
         kind, size = arena.values.device.type, shape.num_tokens * shape.hidden_size
+        self.shape = shape
         fitting = _ROTATE_BYTES[kind] // max(1, 2 * shape.message_bytes)
         self.calls = calls_per_round(kind, shape)
         self.count = max(2, min(self.calls, fitting))
@@ -147,6 +149,20 @@ def interleave(
         runner.path: tuple(round(max(ranks[k][i] for ranks in everyone), 4) for i in range(rounds))
         for k, runner in enumerate(runners)
     }
+
+
+def measured(
+    group: Group, runners: Sequence[Runner], op: Op, shape: Shape, rounds: int
+) -> list[Sample]:
+    """The runners' times as a profile keeps them. Collective."""
+    times = interleave(group, runners, rounds)
+    return [
+        Sample(
+            op=op, path=path, num_tokens=shape.num_tokens, hidden_size=shape.hidden_size,
+            times_us=times_us,
+        )
+        for path, times_us in times.items()
+    ]  # fmt: skip
 
 
 def _event() -> Any:
