@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from fusewise.engines.audit import audit, explain
+from fusewise.engines.base import Threshold
 from fusewise.engines.cap import ExplicitCap, decide_cap
 from fusewise.engines.vllm.dispatch import VllmSettings
 from fusewise.errors import InputError, StaleProfileError
@@ -42,7 +43,7 @@ def test_the_seed(seed: Profile) -> None:
     )  # fmt: skip
     assert "1.87" in result.cap.why
     assert result.best_cap_bytes == 262144
-    assert result.engine_cap_bytes == 524288
+    assert str(result.threshold) == "524288 (512K)"
     tokens = {cap.hidden_size: cap.max_tokens for cap in result.hidden_caps}
     assert tokens == {2048: 64, 4096: 32, 7168: 18}
     assert result.flag is not None
@@ -82,13 +83,13 @@ def test_an_explicit_cap_wins_over_everything(seed: Profile, changes: dict[str, 
 
 def test_explain_names_both_paths_and_the_level(seed: Profile) -> None:
     decision = decide_cap(seed, SEED, profile_level="packaged profile")
-    at, above = explain(SEED, decision, 262144), explain(SEED, decision, 262160)
+    at, above = explain(SEED, decision, 262144, 2048), explain(SEED, decision, 262160, 2048)
     assert (at.today, at.with_cap) == ("flashinfer.one_shot", "flashinfer.one_shot")
     assert (above.today, above.with_cap) == ("flashinfer.one_shot", "multimem + rms_norm")
     assert above.level == "packaged profile"
-    beyond = explain(SEED, decision, 2 * MIB)
+    beyond = explain(SEED, decision, 2 * MIB, 2048)
     assert (beyond.today, beyond.with_cap) == ("multimem + rms_norm", "multimem + rms_norm")
-    unknown = explain(replace(SEED, sm=80), decide_cap(None, replace(SEED, sm=80)), 4096)
+    unknown = explain(replace(SEED, sm=80), decide_cap(None, replace(SEED, sm=80)), 4096, 2048)
     assert (unknown.cap_bytes, unknown.with_cap) == (None, "custom + rms_norm")
 
 
@@ -253,7 +254,7 @@ def test_two_h200s_as_measured() -> None:
         custom = row["vllm_ca+norm"] if row["bytes"] < 8 * MIB else None
         column[row["bytes"]] = (fused, custom, row["nccl+norm"])
     result = audit(measured({2048: column}), TP2)
-    assert result.engine_cap_bytes == 64 * MIB
+    assert result.threshold == Threshold(64 * MIB)
     assert result.cap.cap_bytes == 8 * MIB
     (band,) = result.bands
     assert (band.above_bytes, band.to_bytes) == (8 * MIB, 64 * MIB)

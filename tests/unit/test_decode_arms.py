@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from fusewise.decode.arms import Arm, arms_for, profile_without
+from fusewise.decode.config import DecodeSettings
 from fusewise.decode.results import document, records, section
-from fusewise.decode.settings import DecodeSettings
 from fusewise.engines import audit as auditing
 from fusewise.engines.vllm.dispatch import VllmSettings
 from fusewise.errors import InputError

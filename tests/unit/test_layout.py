@@ -33,7 +33,8 @@ LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
 TORCH_FREE = (
     "errors", "shape", "node", "operation", "profiles", "report", "commands",
     "backends/registry", "ranks/supervisor", "ranks/teams", "tune/settings", "tune/sweep",
-    "engines/audit", "engines/cap", "engines/vllm/dispatch", "engines/vllm/tables",
+    "engines/audit", "engines/base", "engines/cap", "engines/plugin", "engines/registry",
+    "engines/vllm/dispatch", "engines/vllm/engine", "engines/vllm/tables",
 )  # fmt: skip
 
 

@@ -17,7 +17,7 @@ from fusewise.profiles.schema import (
     PublishedCrossover,
     Sample,
 )
-from fusewise.report.bench import bench, bench_record, bus_factor
+from fusewise.report.bench_table import bench, bench_record, bus_factor
 from fusewise.report.crossings import NO_LIMIT, constancy, crossings, rounded_size
 from fusewise.report.records import bands, excluded, identity, measurements, paths, report
 from fusewise.report.table import render_sections

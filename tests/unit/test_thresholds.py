@@ -7,22 +7,8 @@ from typing import Any
 
 import pytest
 
-from fusewise.engines.vllm.dispatch import (
-    VllmSettings,
-    custom_limit,
-    displaced_choice,
-    engine_cap,
-    field_mb,
-    flashinfer_active,
-    fused_backend,
-    fused_choice,
-    rule_cap,
-    symm_mem_active,
-    tables_of,
-    unfused_choice,
-    vllm_environment,
-    vllm_flag,
-)
+from fusewise.engines.vllm.dispatch import VllmSettings, field_mb
+from fusewise.engines.vllm.tables import tables_of
 from fusewise.errors import InputError
 from fusewise.shape import parse_size
 
@@ -54,7 +40,7 @@ def settings(**changes: Any) -> VllmSettings:
     ],
 )
 def test_engine_cap(sm: int, world_size: int, version: str, cap: int | None) -> None:
-    assert engine_cap(settings(sm=sm, world_size=world_size, version=version)) == cap
+    assert settings(sm=sm, world_size=world_size, version=version).cap_bytes() == cap
 
 
 @pytest.mark.parametrize(
@@ -62,12 +48,12 @@ def test_engine_cap(sm: int, world_size: int, version: str, cap: int | None) -> 
 )
 def test_one_shot_up_to_and_including_its_limit(sm: int, world_size: int, limit: int) -> None:
     node = settings(sm=sm, world_size=world_size)
-    assert fused_choice(node, limit) == "flashinfer.one_shot"
-    assert fused_choice(node, limit + 16) == "flashinfer.two_shot"
+    assert node.fused_choice(limit) == "flashinfer.one_shot"
+    assert node.fused_choice(limit + 16) == "flashinfer.two_shot"
 
 
 def test_one_shot_everywhere_where_no_limit_is_listed() -> None:
-    assert fused_choice(settings(sm=100, world_size=16), 2**30) == "flashinfer.one_shot"
+    assert settings(sm=100, world_size=16).fused_choice(2**30) == "flashinfer.one_shot"
 
 
 @pytest.mark.parametrize(
@@ -108,7 +94,7 @@ def test_one_shot_everywhere_where_no_limit_is_listed() -> None:
 def test_all_reduce_below_a_lowered_cap(
     changes: dict[str, Any], size: int, path: str, version: str
 ) -> None:
-    assert displaced_choice(settings(version=version, **changes), size) == f"{path} + rms_norm"
+    assert settings(version=version, **changes).displaced_choice(size) == f"{path} + rms_norm"
 
 
 @pytest.mark.parametrize(
@@ -122,38 +108,38 @@ def test_all_reduce_below_a_lowered_cap(
     ],
 )
 def test_plain_flashinfer_up_to_the_fusion_table(version: str, size: int, path: str) -> None:
-    assert unfused_choice(settings(version=version), size) == f"{path} + rms_norm"
+    assert settings(version=version).unfused_choice(size) == f"{path} + rms_norm"
 
 
 def test_flashinfer_before_or_behind_nccl_symmetric_memory() -> None:
     both = {"nccl_symm_mem": True, "flashinfer_all_reduce": True}
     old, new = settings(version="0.28", **both), settings(version="0.29", **both)
-    assert unfused_choice(old, 8192) == "nccl_symm + rms_norm"
-    assert unfused_choice(new, 8192) == "flashinfer + rms_norm"
-    assert flashinfer_active(settings(flashinfer_all_reduce=False)) is False
+    assert old.unfused_choice(8192) == "nccl_symm + rms_norm"
+    assert new.unfused_choice(8192) == "flashinfer + rms_norm"
+    assert settings(flashinfer_all_reduce=False).flashinfer_active is False
 
 
 def test_plain_mnnvl_has_a_size_of_its_own_on_blackwell() -> None:
     blackwell = settings(sm=100)
-    assert displaced_choice(blackwell, 128 * MIB) == "flashinfer + rms_norm"
-    assert displaced_choice(blackwell, 128 * MIB + 16) == "nccl + rms_norm"
+    assert blackwell.displaced_choice(128 * MIB) == "flashinfer + rms_norm"
+    assert blackwell.displaced_choice(128 * MIB + 16) == "nccl + rms_norm"
     without = replace(blackwell, multicast=False)
-    assert displaced_choice(without, 4 * MIB) == "custom + rms_norm"
+    assert without.displaced_choice(4 * MIB) == "custom + rms_norm"
 
 
 def test_fused_backend_follows_version_multicast_and_choice() -> None:
-    assert fused_backend(settings(version="0.24")) == "trtllm"
-    assert fused_backend(settings(version="0.25")) == "mnnvl"
-    assert fused_backend(settings(multicast=False)) == "trtllm"
-    assert fused_backend(settings(flashinfer_backend="trtllm")) == "trtllm"
+    assert settings(version="0.24").fused_backend == "trtllm"
+    assert settings(version="0.25").fused_backend == "mnnvl"
+    assert settings(multicast=False).fused_backend == "trtllm"
+    assert settings(flashinfer_backend="trtllm").fused_backend == "trtllm"
 
 
 def test_custom_limit_and_symmetric_memory_gates() -> None:
-    assert custom_limit(settings()) == 256 * KIB
-    assert custom_limit(settings(dtype="float16")) == 256 * KIB  # its table ignores the dtype
-    assert custom_limit(settings(world_size=3)) == 0
-    assert symm_mem_active(settings())
-    assert not symm_mem_active(settings(world_size=3))
+    assert settings().custom_limit == 256 * KIB
+    assert settings(dtype="float16").custom_limit == 256 * KIB  # its table ignores the dtype
+    assert settings(world_size=3).custom_limit == 0
+    assert settings().symm_mem_active
+    assert not settings(world_size=3).symm_mem_active
 
 
 @pytest.mark.parametrize(
@@ -174,7 +160,7 @@ def test_custom_limit_and_symmetric_memory_gates() -> None:
     ],
 )
 def test_the_rule(changes: dict[str, Any], cap: int | None, lowered: bool) -> None:
-    rule = rule_cap(settings(**changes))
+    rule = settings(**changes).rule()
     assert (rule.cap_bytes, rule.lowered) == (cap, lowered)
     assert rule.why
 
@@ -217,11 +203,11 @@ def test_the_field_is_exact_after_vllm_has_read_it(cap: int) -> None:
 
 
 def test_flag_and_the_variable_beside_it() -> None:
-    assert vllm_flag(parse_size("256K")) == (
+    assert settings().flag(parse_size("256K")) == (
         '--compilation-config \'{"pass_config": {"fi_allreduce_fusion_max_size_mb": 0.25}}\''
     )
     off = '--compilation-config \'{"pass_config": {"fuse_allreduce_rms": false}}\''
-    assert vllm_flag(0) == off
-    assert vllm_environment(settings(), 262144) == "VLLM_ALLREDUCE_USE_FLASHINFER=0"
-    assert vllm_environment(settings(), 524288) is None
-    assert vllm_environment(settings(version="0.28"), 262144) is None
+    assert settings().flag(0) == off
+    assert settings().environment(262144) == "VLLM_ALLREDUCE_USE_FLASHINFER=0"
+    assert settings().environment(524288) is None
+    assert settings(version="0.28").environment(262144) is None

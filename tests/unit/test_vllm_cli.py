@@ -13,9 +13,10 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from fusewise.commands.vllm import app
-from fusewise.engines.vllm import environment as vllm_node
+from fusewise.engines import plugin as vllm_node
+from fusewise.engines.plugin import probe_apart
 from fusewise.engines.vllm.dispatch import VllmSettings
-from fusewise.engines.vllm.environment import probe_apart, settings_here
+from fusewise.engines.vllm.engine import settings_on
 from fusewise.engines.vllm.patch import TABLE_FILE, table_patch
 from fusewise.errors import InputError, UnavailableError
 from fusewise.node import Fingerprint
@@ -145,7 +146,7 @@ def test_an_odd_cap_keeps_its_bytes() -> None:
 
 
 def test_settings_have_vllms_defaults() -> None:
-    assert settings_here("0.33", NODE, "bfloat16", {}) == SETTINGS
+    assert settings_on("0.33", NODE, "bfloat16", {}, {}) == SETTINGS
 
 
 @pytest.mark.parametrize(
@@ -160,12 +161,12 @@ def test_settings_have_vllms_defaults() -> None:
     ],
 )
 def test_settings_follow_the_switches(environ: dict[str, str], changes: dict[str, Any]) -> None:
-    assert settings_here("0.33", NODE, "bfloat16", environ) == replace(SETTINGS, **changes)
+    assert settings_on("0.33", NODE, "bfloat16", environ, {}) == replace(SETTINGS, **changes)
 
 
 def test_settings_follow_the_node() -> None:
     bridged = NODE.model_copy(update={"fabric": "pcie", "multicast": False})
-    found = settings_here("0.33", bridged, "float16", {}, custom_all_reduce=False)
+    found = settings_on("0.33", bridged, "float16", {}, {"custom_all_reduce": False})
     assert (found.fully_connected, found.multicast, found.dtype) == (False, False, "float16")
     assert found.custom_all_reduce is False
 
@@ -176,13 +177,13 @@ def test_settings_follow_the_node() -> None:
 )
 def test_settings_refuse_what_vllm_refuses(environ: dict[str, str]) -> None:
     with pytest.raises(InputError, match=next(iter(environ))):
-        settings_here("0.33", NODE, "bfloat16", environ)
+        settings_on("0.33", NODE, "bfloat16", environ, {})
 
 
 @pytest.mark.parametrize("changes", [{"sm": None, "device_type": "cpu"}, {"nodes": 2}])
 def test_settings_need_the_gpus_of_one_node(changes: dict[str, Any]) -> None:
     with pytest.raises(UnavailableError, match="one node"):
-        settings_here("0.33", NODE.model_copy(update=changes), "bfloat16", {})
+        settings_on("0.33", NODE.model_copy(update=changes), "bfloat16", {}, {})
 
 
 def test_more_ranks_than_gpus_span_nodes() -> None:

@@ -9,19 +9,9 @@ from typing import Annotated, Any
 import typer
 
 from fusewise.backends.registry import select
-from fusewise.commands.engine import (
-    CapOption,
-    MulticastOption,
-    NcclSymmOption,
-    SymmOption,
-    VersionOption,
-    explicit_cap,
-    settings_for,
-)
 from fusewise.commands.options import (
     DTypeOption,
     FormatOption,
-    ProfileOption,
     TpOption,
     WithoutOption,
     bordered,
@@ -33,8 +23,8 @@ from fusewise.commands.options import (
     write,
     write_picture,
 )
+from fusewise.commands.question import Question, asks
 from fusewise.engines import audit as auditing
-from fusewise.engines.cap import decide_cap
 from fusewise.errors import InputError
 from fusewise.operation import Op
 from fusewise.profiles.bands import Plan
@@ -72,22 +62,13 @@ def show(
 
 
 @bordered
+@asks
 def explain(
+    question: Question,
     size: Annotated[str, typer.Argument(help="A message size: 256K, 0.5M, 262144.")],
     hidden: Annotated[int, typer.Option("--hidden", help="The hidden size.")] = 2048,
-    dtype: DTypeOption = "bf16",
     op: Annotated[Op, typer.Option("--op", help="The operation.")] = "all_reduce_rms_norm",
-    profile: ProfileOption = None,
-    tp: TpOption = None,
     without: WithoutOption = None,
-    engine: Annotated[
-        str | None, typer.Option("--engine", help="Explain an engine's choice too: vllm.")
-    ] = None,
-    version: VersionOption = None,
-    multicast: MulticastOption = None,
-    nccl_symm_mem: NcclSymmOption = False,
-    symm_mem: SymmOption = True,
-    cap: CapOption = None,
     fmt: FormatOption = "table",
 ) -> None:
     """Why a message of SIZE runs on the path it runs on, and which level decided.
@@ -98,23 +79,13 @@ def explain(
     message_bytes = parse_size(size)
     if hidden < 1:
         raise InputError("hidden size out of range", expected="at least 1", got=str(hidden))
-    found = resolve(profile, dtype, tp)
+    found = resolve(question.profile, question.dtype, question.tp)
     tell(found.notes)
     if found.profile is not None:
         found = replace(found, profile=found.profile.without(select(words(without))))
-    facts = _decision(found, op, Shape(1, hidden, parse_dtype(dtype)), message_bytes)
-    if engine is not None:
-        node = found.profile.fingerprint if found.profile else this_node(tp)
-        settings = settings_for(node, engine, version, dtype, multicast, nccl_symm_mem, symm_mem)
-        decision = decide_cap(
-            found.profile, settings, explicit=explicit_cap(cap), profile_level=found.level
-        )
-        explained = auditing.explain(settings, decision, message_bytes)
-        named = {"engine": f"{engine} {settings.version}", **explained.to_record()}
-        del named["message_bytes"]
-        facts |= {
-            key if key.startswith("engine") else f"engine_{key}": v for key, v in named.items()
-        }
+    facts = _decision(found, op, Shape(1, hidden, parse_dtype(question.dtype)), message_bytes)
+    if question.engine is not None:
+        facts |= _engines_choice(question, found, message_bytes, hidden)
     rows = [
         {"fact": key.replace("_", " "), "value": value}
         for key, value in facts.items()
@@ -123,6 +94,19 @@ def explain(
     if fmt == "json":
         rows = [facts]
     write([Section("", _FACTS, rows)], fmt)
+
+
+def _engines_choice(
+    question: Question, found: Resolution, message_bytes: int, hidden_size: int
+) -> dict[str, Any]:
+    settings = question.settings(
+        found.profile.fingerprint if found.profile else this_node(question.tp)
+    )
+    decision = question.decide(found, settings)
+    explained = auditing.explain(settings, decision, message_bytes, hidden_size)
+    named = {"engine": f"{question.engine} {settings.version}", **explained.to_record()}
+    del named["message_bytes"]
+    return {key if key.startswith("engine") else f"engine_{key}": v for key, v in named.items()}
 
 
 def _decision(found: Resolution, op: Op, row: Shape, message_bytes: int) -> dict[str, Any]:

@@ -23,9 +23,7 @@ from fusewise.commands.options import (
     write,
 )
 from fusewise.decode.arms import Arm, arms_for
-from fusewise.decode.models import shape_named
-from fusewise.decode.results import document, section
-from fusewise.decode.settings import (
+from fusewise.decode.config import (
     BATCHES,
     CPU_STEPS,
     GPU_PREFILL,
@@ -34,7 +32,10 @@ from fusewise.decode.settings import (
     Compiler,
     DecodeSettings,
 )
-from fusewise.engines.vllm.dispatch import VllmSettings
+from fusewise.decode.models import shape_named
+from fusewise.decode.results import document, section
+from fusewise.engines.base import EngineSettings
+from fusewise.engines.registry import engine_named
 from fusewise.errors import InputError, RankError
 from fusewise.node import Fingerprint, probe
 from fusewise.profiles import store
@@ -43,7 +44,6 @@ from fusewise.ranks.teams import Team, local_team, under_torchrun
 from fusewise.shape import parse_dtype, parse_size
 from fusewise.tune.settings import Settings
 
-_VLLM = "0.33"  # the newest release whose tables are known
 _TUNE_S = {"cpu": 10.0, "cuda": 60.0}
 
 
@@ -129,7 +129,7 @@ def decode(
         output.write_text(json.dumps(_record(result, settings, node, arms), indent=1) + "\n")
         tell([f"wrote {output}"])
     if plot is not None:
-        from fusewise.decode.plot import save
+        from fusewise.decode.picture import save
 
         save(result["rows"], _title(settings, node), plot)
         tell([f"wrote {plot}"])
@@ -165,10 +165,11 @@ def _title(settings: DecodeSettings, node: Fingerprint) -> str:
     )
 
 
-def _engine(node: Fingerprint, settings: DecodeSettings) -> VllmSettings | None:
+def _engine(node: Fingerprint, settings: DecodeSettings) -> EngineSettings | None:
     if node.sm is None:
         return None
-    return VllmSettings(_VLLM, node.sm, node.world_size, node.multicast, settings.dtype)
+    engine = engine_named()
+    return engine.settings(engine.versions[-1], node, settings.dtype, {}, {})
 
 
 def _arm_record(arm: Arm, hidden_size: int) -> dict[str, Any]:
@@ -217,7 +218,7 @@ def _run(team: Team, settings: DecodeSettings, arms: list[Arm]) -> dict[str, Any
         "settings": asdict(settings),
         "plans": {arm.name: arm.plan.to_dict() for arm in arms},
     }
-    job = "fusewise.decode.job:decode_rank"
+    job = "fusewise.decode.rank:decode_rank"
     with terminated_like_interrupted(), progress("decode") as listen:
 
         def told(rank: int, event: dict[str, Any]) -> None:

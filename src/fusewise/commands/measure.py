@@ -29,7 +29,7 @@ from fusewise.profiles import store
 from fusewise.profiles.plan import derive
 from fusewise.profiles.schema import Profile, Sample
 from fusewise.ranks.teams import Team, local_team, torchrun_team, under_torchrun
-from fusewise.report.bench import bench as bench_section
+from fusewise.report.bench_table import bench as bench_section
 from fusewise.report.records import report
 from fusewise.report.table import Section
 from fusewise.shape import DType, parse_dtype, parse_size

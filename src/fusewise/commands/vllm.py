@@ -13,7 +13,6 @@ from typing import Annotated
 
 import typer
 
-from fusewise.commands.engine import explicit_cap
 from fusewise.commands.options import (
     DTypeOption,
     FormatOption,
@@ -30,18 +29,12 @@ from fusewise.commands.options import (
 )
 from fusewise.engines.audit import Audit
 from fusewise.engines.audit import audit as audit_profile
+from fusewise.engines.base import HIDDEN_SIZES
 from fusewise.engines.cap import CapDecision, decide_cap
-from fusewise.engines.vllm.dispatch import (
-    VllmSettings,
-    displaced_choice,
-    engine_cap,
-    unfused_choice,
-    vllm_environment,
-    vllm_flag,
-)
-from fusewise.engines.vllm.environment import settings_here
+from fusewise.engines.plugin import explicit_cap, mode
+from fusewise.engines.vllm.dispatch import VllmSettings
+from fusewise.engines.vllm.engine import settings_on
 from fusewise.engines.vllm.patch import TABLE_FILE, evidence, table_patch
-from fusewise.engines.vllm.plugin import MODES
 from fusewise.errors import InputError
 from fusewise.node import Fingerprint
 from fusewise.profiles.store import Resolution
@@ -88,12 +81,12 @@ def check(
     found = resolve(profile, dtype, tp)
     tell(found.notes)
     node = found.profile.fingerprint if found.profile else this_node(tp)
-    settings = settings_here(_version(version), node, parse_dtype(dtype), os.environ)
+    settings = settings_on(_version(version), node, parse_dtype(dtype), os.environ, {})
     decision = decide_cap(
-        found.profile, settings, explicit=explicit_cap(None), profile_level=found.level
+        found.profile, settings, explicit=explicit_cap(os.environ), profile_level=found.level
     )
     result = audit_profile(found.profile, settings) if found.profile else None
-    sizes = integers(hidden, (2048, 4096, 7168))
+    sizes = integers(hidden, HIDDEN_SIZES)
     caps = [_token_cap(found, settings, size) for size in sizes]
     write(
         [
@@ -117,7 +110,7 @@ def _token_cap(found: Resolution, settings: VllmSettings, hidden_size: int) -> d
     decision = decide_cap(
         found.profile,
         settings,
-        explicit=explicit_cap(None),
+        explicit=explicit_cap(os.environ),
         profile_level=found.level,
         hidden_size=hidden_size,
     )
@@ -133,29 +126,27 @@ def _facts(
     decision: CapDecision,
     result: Audit | None,
 ) -> list[dict[str, object]]:
-    mode = os.environ.get("FUSEWISE_VLLM", "cap")
-    if mode not in MODES:
-        raise InputError("FUSEWISE_VLLM", expected=", ".join(MODES), got=repr(mode))
-    today, cap = engine_cap(settings), decision.cap_bytes
+    switch = mode("vllm", os.environ)
+    today, cap = settings.cap_bytes(), decision.cap_bytes
     facts: list[tuple[str, object]] = [
         ("vLLM", f"{settings.version}, tables as in {settings.tables.read_in}"),
         ("node", f"{node.world_size}x {node.device}, {node.fabric}, "
                  f"multicast {'yes' if settings.multicast else 'no'}"),
         ("profile", found.where),
-        ("plugin", f"FUSEWISE_VLLM={mode}"),
+        ("plugin", f"FUSEWISE_VLLM={switch}"),
         ("cap today", _size(today)),
-        ("cap with fusewise", _size(today if mode == "off" else cap)),
+        ("cap with fusewise", _size(today if switch == "off" else cap)),
         ("answered by", f"{decision.level} ({decision.origin})"),
         ("because", decision.why),
     ]  # fmt: skip
     if today is not None:
-        facts.append(("unfused at that cap, today", unfused_choice(settings, today)))
-        facts.append(("unfused at that cap, capped", displaced_choice(settings, today)))
+        facts.append(("unfused at that cap, today", settings.unfused_choice(today)))
+        facts.append(("unfused at that cap, capped", settings.displaced_choice(today)))
     if result is not None:
         facts += [("present cost", str(band)) for band in result.bands or ["none measured"]]
     if cap:
-        facts.append(("by hand", vllm_flag(cap)))
-        facts.append(("with", vllm_environment(settings, cap)))
+        facts.append(("by hand", settings.flag(cap)))
+        facts.append(("with", settings.environment(cap)))
     return [{"fact": fact, "value": value} for fact, value in facts if value is not None]
 
 
@@ -179,7 +170,7 @@ def patch(
     found = resolve_or_fail(profile, dtype, tp)
     assert found.profile is not None
     node = found.profile.fingerprint
-    settings = settings_here(_version(version), node, parse_dtype(dtype), os.environ)
+    settings = settings_on(_version(version), node, parse_dtype(dtype), os.environ, {})
     result = audit_profile(found.profile, settings, profile_level=found.level)
     if result.cap.cap_bytes is None or result.cap.origin not in ("measured", "published"):
         raise InputError(

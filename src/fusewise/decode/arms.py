@@ -12,8 +12,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from fusewise.backends.registry import select
+from fusewise.engines.base import EngineSettings
 from fusewise.engines.cap import decide_cap
-from fusewise.engines.vllm.dispatch import VllmSettings, displaced_choice, engine_cap, fused_choice
 from fusewise.errors import InputError
 from fusewise.operation import Op, all_reduce_of, backend_of
 from fusewise.profiles.bands import Band, Origin, Plan, Table
@@ -41,7 +41,7 @@ class Arm:
 def arms_for(
     profile: Profile,
     hidden_size: int,
-    engine: VllmSettings | None,
+    engine: EngineSettings | None,
     *,
     engine_cap_bytes: int | None = None,
     without: Sequence[str] = (),
@@ -51,15 +51,15 @@ def arms_for(
     Args:
         profile: of the node that decodes.
         hidden_size: of the model.
-        engine: the vLLM whose tables make the first arms; None where there is none, as on CPUs.
+        engine: whose tables make the first arms; None where there is none, as on CPUs.
         engine_cap_bytes: instead of the engine's own cap.
         without: a provider or backend per further ``measured`` arm.
 
     Raises:
         InputError: a name in ``without`` that no path of the profile has.
     """
-    unfused, fused = _choices(profile, engine)
-    known = engine_cap(engine) if engine is not None else None
+    unfused, fused = _choices(profile, engine, hidden_size)
+    known = engine.cap_bytes(hidden_size) if engine is not None else None
     today = engine_cap_bytes or known or DEFAULT_CAP_BYTES
     arms = [Arm("unfused", _plan(profile, hidden_size, unfused, unfused, "unfused"), "never fused")]
     if fused is not None:
@@ -101,7 +101,9 @@ def profile_without(profile: Profile, names: Sequence[str]) -> Profile:
     )
 
 
-def _choices(profile: Profile, engine: VllmSettings | None) -> tuple[Choose, Choose | None]:
+def _choices(
+    profile: Profile, engine: EngineSettings | None, hidden_size: int
+) -> tuple[Choose, Choose | None]:
     """Which unfused and which fused path runs at a size; only paths that were measured."""
     measured = {path.name for path in profile.paths}
     fused_paths = [path.name for path in profile.paths if path.fused]
@@ -109,11 +111,11 @@ def _choices(profile: Profile, engine: VllmSettings | None) -> tuple[Choose, Cho
         return lambda _: profile.baseline, (lambda _: fused_paths[0]) if fused_paths else None
 
     def unfused(message_bytes: int) -> str:
-        path = displaced_choice(engine, message_bytes)
+        path = engine.displaced_choice(message_bytes, hidden_size)
         return path if path in measured else profile.baseline
 
     def fused(message_bytes: int) -> str:
-        path = fused_choice(engine, message_bytes)
+        path = engine.fused_choice(message_bytes, hidden_size)
         return path if path in measured else "flashinfer.one_shot"
 
     return unfused, fused if "flashinfer.one_shot" in measured else None
@@ -124,7 +126,7 @@ def _capped(fused: Choose, unfused: Choose, cap_bytes: int) -> Choose:
 
 
 def _effective_cap(
-    profile: Profile, engine: VllmSettings | None, hidden_size: int
+    profile: Profile, engine: EngineSettings | None, hidden_size: int
 ) -> tuple[int, str]:
     """The largest size up to which fusing never loses, and who says so."""
     if engine is not None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from fusewise.decode.settings import DecodeSettings
+from fusewise.decode.config import DecodeSettings
 from fusewise.graph.api import compile as compile_model
 from fusewise.graph.api import names_of
 from fusewise.graph.decide import Choice

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
+from fusewise.engines.base import EngineSettings, Threshold
 from fusewise.engines.cap import (
     CapDecision,
     Comparison,
@@ -20,20 +21,9 @@ from fusewise.engines.cap import (
     decide_cap,
     safe_size,
 )
-from fusewise.engines.vllm.dispatch import (
-    VllmSettings,
-    displaced_choice,
-    engine_cap,
-    flashinfer_active,
-    fused_backend,
-    fused_choice,
-    unfused_choice,
-    vllm_environment,
-    vllm_flag,
-)
 from fusewise.profiles.schema import Profile
 from fusewise.profiles.store import Level
-from fusewise.shape import format_size, tokens_at
+from fusewise.shape import format_size
 
 
 @dataclass(frozen=True)
@@ -83,7 +73,7 @@ class HiddenCap:
 
 @dataclass(frozen=True)
 class Audit:
-    """What one vLLM's fusion setting costs on one node, and the cap that cures it.
+    """What one engine's fusion setting costs on one node, and the cap that cures it.
 
     ``best_cap_bytes``: the largest measured size up to which the engine's fused kernel never
     loses to the best path the profile knows; None where nothing can be compared.
@@ -91,7 +81,7 @@ class Audit:
 
     version: str
     source: str
-    engine_cap_bytes: int | None
+    threshold: Threshold | None
     cap: CapDecision
     best_cap_bytes: int | None
     rows: tuple[Row, ...]
@@ -112,17 +102,17 @@ class Audit:
 
 def audit(
     profile: Profile,
-    settings: VllmSettings,
+    settings: EngineSettings,
     *,
     explicit: ExplicitCap | None = None,
     hidden_sizes: Iterable[int] = (),
     profile_level: Level = "argument",
 ) -> Audit:
-    """Compares a vLLM's fusion with its own alternative on the node of a profile.
+    """Compares an engine's fusion with its own alternative on the node of a profile.
 
     Args:
         profile: the node's measurements.
-        settings: the vLLM; its world size, GPU and dtype must be the profile's.
+        settings: the engine; its world size, GPU and dtype must be the profile's.
         explicit: a cap somebody set; it wins.
         hidden_sizes: for token caps; by default those the profile measured or names.
         profile_level: where the profile was found.
@@ -130,7 +120,6 @@ def audit(
     Raises:
         StaleProfileError: the profile was measured at another world size, GPU or dtype.
     """
-    today = engine_cap(settings)
     columns = against_engine(profile, settings)
     decide = partial(decide_cap, profile, settings, explicit=explicit, profile_level=profile_level)
     decision = decide()
@@ -141,20 +130,22 @@ def audit(
     return Audit(
         version=settings.version,
         source=profile.provenance.source,
-        engine_cap_bytes=today,
+        threshold=settings.threshold,
         cap=decision,
         best_cap_bytes=min(bests) if bests else None,
-        rows=tuple(_row(c, today) for column in columns.values() for c in column),
+        rows=tuple(_row(c, settings.cap_bytes(h)) for h, column in columns.items() for c in column),
         bands=tuple(
-            band for column in columns.values() for band in _losing_bands(column, today or 0)
+            band
+            for h, column in columns.items()
+            for band in _losing_bands(column, settings.cap_bytes(h) or 0)
         ),
         hidden_caps=tuple(
-            HiddenCap(h, d.cap_bytes, tokens_at(d.cap_bytes, h, settings.dtype), d.level)
+            HiddenCap(h, d.cap_bytes, settings.max_tokens(d.cap_bytes, h), d.level)
             for h, d in decided
             if d.cap_bytes is not None
         ),
-        flag=None if cap is None else vllm_flag(cap),
-        environment=None if cap is None else vllm_environment(settings, cap),
+        flag=None if cap is None else settings.flag(cap),
+        environment=None if cap is None else settings.environment(cap),
         notes=tuple(_notes(profile, settings)),
     )
 
@@ -177,15 +168,18 @@ class Explanation:
         return asdict(self)
 
 
-def explain(settings: VllmSettings, decision: CapDecision, message_bytes: int) -> Explanation:
+def explain(
+    settings: EngineSettings, decision: CapDecision, message_bytes: int, hidden_size: int
+) -> Explanation:
     """The paths of one message size under the engine's own cap and under the decided one."""
-    today, cap = engine_cap(settings), decision.cap_bytes
-    fused = fused_choice(settings, message_bytes)
-    unfused = displaced_choice(settings, message_bytes)
+    today, cap = settings.cap_bytes(hidden_size), decision.cap_bytes
+    fused = settings.fused_choice(message_bytes, hidden_size)
+    unfused = settings.unfused_choice(message_bytes, hidden_size)
+    displaced = settings.displaced_choice(message_bytes, hidden_size)
     return Explanation(
         message_bytes,
-        fused if message_bytes <= (today or 0) else unfused_choice(settings, message_bytes),
-        fused if message_bytes <= (cap or 0) else unfused,
+        fused if message_bytes <= (today or 0) else unfused,
+        fused if message_bytes <= (cap or 0) else displaced,
         today,
         cap,
         decision.level,
@@ -211,7 +205,7 @@ def _row(comparison: Comparison, engine_cap_bytes: int | None) -> Row:
         comparison.rival_us,
         None if comparison.delta is None else comparison.delta.median,
         engine_cap_bytes is not None and shape.message_bytes <= engine_cap_bytes,
-        comparison.verdict,
+        comparison.outcome,
     )
 
 
@@ -220,9 +214,9 @@ def _losing_bands(column: list[Comparison], engine_cap_bytes: int) -> list[Losin
     bands: list[LosingBand] = []
     run: list[Comparison] = []
     before = 0
-    for comparison in [c for c in column if c.verdict != "not measured"]:
+    for comparison in [c for c in column if c.outcome != "not measured"]:
         size = comparison.shape.message_bytes
-        if comparison.verdict == "fusion loses" and size <= engine_cap_bytes:
+        if comparison.outcome == "fusion loses" and size <= engine_cap_bytes:
             run.append(comparison)
             continue
         if run:
@@ -245,23 +239,12 @@ def _band(run: list[Comparison], above_bytes: int) -> LosingBand:
     )
 
 
-def _notes(profile: Profile, settings: VllmSettings) -> list[str]:
+def _notes(profile: Profile, settings: EngineSettings) -> list[str]:
     notes = []
     if profile.fingerprint.multicast != settings.multicast:
         has = "with" if profile.fingerprint.multicast else "without"
         notes.append(f"The profile was measured {has} multicast; the question assumes otherwise.")
-    if fused_backend(settings) == "mnnvl":
-        notes.append(
-            f"vLLM {settings.version} fuses with FlashInfer's mnnvl backend where multicast works "
-            "(VLLM_FLASHINFER_ALLREDUCE_BACKEND=trtllm selects the other); the fused times here "
-            "are trtllm's."
-        )
-    if flashinfer_active(settings):
-        notes.append(
-            "FlashInfer's plain all-reduce reads the fusion table and is asked first: setting the "
-            "field alone leaves it in place up to the table's size. The fusewise plugin lowers "
-            "both; by hand set VLLM_ALLREDUCE_USE_FLASHINFER=0 beside the flag."
-        )
+    notes += settings.notes()
     stated = [c.hidden_size for c in profile.crossovers]
     if stated:
         sizes = {format_size(c.message_bytes) for c in profile.crossovers}

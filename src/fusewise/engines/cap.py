@@ -1,7 +1,7 @@
 """One engine's cap: the largest size up to which its fused kernel never loses. Pure.
 
 A measurement decides where it can: it must hold both the engine's fused kernel and the very
-all-reduce this engine would run instead. Where it does not, the rule of ``vllm/dispatch.py`` does.
+all-reduce this engine would run instead. Where it does not, the engine's rule does.
 An explicit value wins over both. Nothing here reads a file or an environment.
 """
 
@@ -12,13 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from fusewise.engines.vllm.dispatch import (
-    VllmSettings,
-    displaced_choice,
-    engine_cap,
-    fused_choice,
-    rule_cap,
-)
+from fusewise.engines.base import EngineSettings
 from fusewise.errors import InputError, StaleProfileError
 from fusewise.operation import unfused_path
 from fusewise.profiles.bands import Origin
@@ -28,7 +22,7 @@ from fusewise.profiles.schema import Profile, Sample
 from fusewise.profiles.store import Level
 from fusewise.shape import Shape, format_size
 
-Verdict = Literal["fusion wins", "tie", "fusion loses", "not measured"]
+Outcome = Literal["fusion wins", "tie", "fusion loses", "not measured"]
 
 
 @dataclass(frozen=True)
@@ -36,7 +30,7 @@ class Comparison:
     """The engine's fused kernel against one rival at one measured shape.
 
     ``delta`` is rival minus fused, µs: above zero fusing is faster. Times and delta are None,
-    and the verdict says so, where one side was not measured.
+    and the outcome says so, where one side was not measured.
     """
 
     shape: Shape
@@ -45,7 +39,7 @@ class Comparison:
     fused_us: float | None
     rival_us: float | None
     delta: Interval | None
-    verdict: Verdict
+    outcome: Outcome
 
 
 @dataclass(frozen=True)
@@ -72,17 +66,17 @@ class CapDecision:
 
 def decide_cap(
     profile: Profile | None,
-    settings: VllmSettings,
+    settings: EngineSettings,
     *,
     explicit: ExplicitCap | None = None,
     profile_level: Level = "argument",
     hidden_size: int | None = None,
 ) -> CapDecision:
-    """The cap for this vLLM on this node.
+    """The cap for this engine on this node.
 
     Args:
         profile: what was measured on such a node, or None.
-        settings: the vLLM.
+        settings: the engine.
         explicit: wins over everything.
         profile_level: where the profile was found, for the answer.
         hidden_size: decide by the nearest measured hidden size; None: the smallest cap of all.
@@ -92,18 +86,18 @@ def decide_cap(
     """
     if explicit is not None:
         return CapDecision(explicit.cap_bytes, explicit.level, "explicit", "set explicitly")
-    if profile is not None and engine_cap(settings) is not None:
+    if profile is not None and settings.threshold is not None:
         measured = _measured_cap(profile, settings, profile_level, hidden_size)
         if measured is not None:
             return measured
-    rule = rule_cap(settings)
+    rule = settings.rule(hidden_size)
     if rule.lowered:
         return CapDecision(rule.cap_bytes, "rule", "rule", rule.why)
     return CapDecision(rule.cap_bytes, "engine default", "engine default", rule.why)
 
 
 def _measured_cap(
-    profile: Profile, settings: VllmSettings, level: Level, hidden_size: int | None
+    profile: Profile, settings: EngineSettings, level: Level, hidden_size: int | None
 ) -> CapDecision | None:
     columns = against_engine(profile, settings)
     if hidden_size is not None:
@@ -115,14 +109,14 @@ def _measured_cap(
     return CapDecision(cap, level, profile.provenance.origin, why)
 
 
-def _column_cap(column: list[Comparison], settings: VllmSettings) -> tuple[int, str] | None:
+def _column_cap(column: list[Comparison], settings: EngineSettings) -> tuple[int, str] | None:
     """The cap of one hidden size, or None where the samples do not reach the engine's cap."""
-    known = [c for c in column if c.verdict != "not measured"]
+    known = [c for c in column if c.outcome != "not measured"]
     loss = first_loss(known)
     if loss is not None:
         return safe_size(known), _loss_text(loss)
     reach = known[-1].shape.message_bytes if known else 0
-    if reach < (engine_cap(settings) or 0):
+    if reach < (settings.cap_bytes(column[0].shape.hidden_size) or 0):
         return None
     return reach, f"fusing never loses up to {format_size(reach)}, the largest size measured"
 
@@ -137,14 +131,14 @@ def _loss_text(loss: Comparison) -> str:
 
 def first_loss(column: Iterable[Comparison]) -> Comparison | None:
     """The smallest measured size at which fusing loses."""
-    return next((c for c in column if c.verdict == "fusion loses"), None)
+    return next((c for c in column if c.outcome == "fusion loses"), None)
 
 
 def safe_size(column: list[Comparison]) -> int:
     """The largest measured size below the first loss, in bytes; 0 when the smallest loses."""
     loss = first_loss(column)
     end = math.inf if loss is None else loss.shape.message_bytes
-    sizes = [c.shape.message_bytes for c in column if c.verdict != "not measured"]
+    sizes = [c.shape.message_bytes for c in column if c.outcome != "not measured"]
     return max((size for size in sizes if size < end), default=0)
 
 
@@ -153,7 +147,7 @@ def nearest(hidden_sizes: Iterable[int], hidden_size: int) -> list[int]:
     return sorted(hidden_sizes, key=lambda h: abs(math.log(h / hidden_size)))[:1]
 
 
-def against_engine(profile: Profile, settings: VllmSettings) -> dict[int, list[Comparison]]:
+def against_engine(profile: Profile, settings: EngineSettings) -> dict[int, list[Comparison]]:
     """Fused against the engine's own unfused choice: hidden_size → comparisons by size."""
     _check_same_node(profile, settings)
     return {
@@ -162,8 +156,8 @@ def against_engine(profile: Profile, settings: VllmSettings) -> dict[int, list[C
                 profile,
                 shape,
                 row,
-                fused_choice(settings, shape.message_bytes),
-                displaced_choice(settings, shape.message_bytes),
+                settings.fused_choice(shape.message_bytes, hidden_size),
+                settings.displaced_choice(shape.message_bytes, hidden_size),
             )
             for shape, row in rows.items()
         ]
@@ -171,7 +165,7 @@ def against_engine(profile: Profile, settings: VllmSettings) -> dict[int, list[C
     }
 
 
-def against_best(profile: Profile, settings: VllmSettings) -> dict[int, list[Comparison]]:
+def against_best(profile: Profile, settings: EngineSettings) -> dict[int, list[Comparison]]:
     """Fused against the fastest other path of the profile: hidden_size → comparisons by size.
 
     A path that needs multicast does not count where the settings say there is none.
@@ -181,7 +175,7 @@ def against_best(profile: Profile, settings: VllmSettings) -> dict[int, list[Com
     for hidden_size, rows in profile.points().items():
         columns[hidden_size] = []
         for shape, row in rows.items():
-            fused = fused_choice(settings, shape.message_bytes)
+            fused = settings.fused_choice(shape.message_bytes, hidden_size)
             medians = {name: median(sample.times_us) for name, sample in row.items()}
             impossible = set() if settings.multicast else {unfused_path("multimem")}
             rival = best(medians, set(medians) - {fused} - impossible)
@@ -199,13 +193,13 @@ def _compare(
             shape, fused, rival, times.get(fused), times.get(rival), None, "not measured"
         )
     delta = difference(shape, row, rival, fused, profile.deltas)
-    verdict = _verdict(delta, min(times.values()), profile.provenance.origin)
-    return Comparison(shape, fused, rival, times[fused], times[rival], delta, verdict)
+    outcome = _outcome(delta, min(times.values()), profile.provenance.origin)
+    return Comparison(shape, fused, rival, times[fused], times[rival], delta, outcome)
 
 
-def _verdict(
+def _outcome(
     delta: Interval, fastest_us: float, origin: Literal["measured", "published"]
-) -> Verdict:
+) -> Outcome:
     """A tie does not lose; a published number has no interval, so its sign decides a loss."""
     judged = judge(delta, fastest_us)
     if judged == "do not fuse" or (origin == "published" and delta.median < 0):
@@ -213,7 +207,7 @@ def _verdict(
     return "fusion wins" if judged == "fuse" else "tie"
 
 
-def _check_same_node(profile: Profile, settings: VllmSettings) -> None:
+def _check_same_node(profile: Profile, settings: EngineSettings) -> None:
     mark = profile.fingerprint
     pairs = {
         "device_type": (mark.device_type, "cuda"),

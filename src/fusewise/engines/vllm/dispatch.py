@@ -1,44 +1,39 @@
 """What vLLM does by itself at each message size, and the rule that caps its fusion. Pure.
 
 Two questions vLLM answers in two places that do not know each other: up to which size it fuses
-(``engine_cap``), and which all-reduce runs where it does not (``unfused_choice``). The rule of
+(``threshold``), and which all-reduce runs where it does not (``unfused_choice``). The rule of
 vLLM issue 44079 joins them: fuse no further than the size at which the active fast all-reduce
 takes over. The numbers are ``tables.py``'s; nothing here probes a node.
 """
 
 from __future__ import annotations
 
-import difflib
-import re
 from dataclasses import dataclass, field
 from typing import Literal
 
+from fusewise.engines.base import EngineSettings, RuleCap, Threshold
 from fusewise.engines.vllm.tables import (
     CUSTOM_BUFFER_BYTES,
     CUSTOM_WORLD_SIZES,
     FIELD_UNIT_BYTES,
-    TABLES,
     Tables,
+    tables_of,
 )
 from fusewise.errors import InputError
 from fusewise.operation import unfused_path
-from fusewise.shape import DType, format_size
+from fusewise.shape import format_size
 
 FlashInferBackend = Literal["auto", "trtllm", "mnnvl"]
 
-_RELEASE = re.compile(r"v?(\d+)\.(\d+)(?:\.\d+)?(?:[.+-]?[a-z].*|\+.*)?")
-
 
 @dataclass(frozen=True)
-class VllmSettings:
+class VllmSettings(EngineSettings):
     """One vLLM on one node: all that decides which all-reduce kernel runs at which size.
 
     Args:
         version: ``"0.33"``, ``"0.33.0"``; only the first two numbers choose the tables.
-        sm: compute capability as ``10 * major + minor``: 90 for Hopper.
-        world_size: the tensor-parallel size, all on one node.
-        multicast: NVLink multicast can be used: without it vLLM's symmetric memory is off.
-        dtype: the model's.
+        sm, world_size, multicast, dtype: as in the base. Without multicast vLLM's symmetric
+            memory is off.
         nccl_symm_mem: ``VLLM_USE_NCCL_SYMM_MEM`` (default 0).
         symm_mem: ``VLLM_ALLREDUCE_USE_SYMM_MEM`` (default 1).
         flashinfer_all_reduce: ``VLLM_ALLREDUCE_USE_FLASHINFER``; None for the version's default.
@@ -50,11 +45,6 @@ class VllmSettings:
         InputError: the version is not one whose sources were read, or a number is out of range.
     """
 
-    version: str
-    sm: int
-    world_size: int
-    multicast: bool
-    dtype: DType = "bfloat16"
     nccl_symm_mem: bool = False
     symm_mem: bool = True
     flashinfer_all_reduce: bool | None = None
@@ -72,200 +62,179 @@ class VllmSettings:
             )
         object.__setattr__(self, "tables", tables_of(self.version))
 
+    @property
+    def threshold(self) -> Threshold | None:
+        """vLLM's own table: a size, whatever the hidden size."""
+        size = self.tables.fusion_max_bytes.get(self.sm, {}).get(self.world_size)
+        return None if size is None else Threshold(message_bytes=size)
 
-def tables_of(version: str) -> Tables:
-    """The tables of a release, by its first two numbers.
+    def fused_choice(self, message_bytes: int, hidden_size: int = 0) -> str:
+        """The fused kernel vLLM runs: one-shot up to and including its limit, two-shot above.
 
-    Raises:
-        InputError: no wheel of that release was read; names those that were.
-    """
-    match = _RELEASE.fullmatch(version.strip())
-    minor = f"{match[1]}.{match[2]}" if match else version.strip()
-    if match and minor in TABLES:
-        return TABLES[minor]
-    near = difflib.get_close_matches(minor, TABLES, n=1, cutoff=0.5)
-    raise InputError(
-        "unknown vLLM version",
-        expected=f"one of {', '.join(TABLES)}",
-        got=repr(version),
-        hint=f"The nearest known one is {near[0]}." if near else None,
-    )
+        With FlashInfer's ``mnnvl`` backend (``fused_backend``) FlashInfer chooses by itself; this
+        names what the ``trtllm`` backend runs, which is what profiles hold.
+        """
+        limit = self.tables.one_shot_max_bytes.get(self.sm, {}).get(self.world_size)
+        one_shot = limit is None or message_bytes <= limit
+        return "flashinfer.one_shot" if one_shot else "flashinfer.two_shot"
 
+    @property
+    def fused_backend(self) -> Literal["trtllm", "mnnvl"]:
+        """Which of FlashInfer's backends this vLLM fuses with on one node."""
+        if self.flashinfer_backend != "auto":
+            return self.flashinfer_backend
+        return "mnnvl" if self.tables.prefers_mnnvl and self.multicast else "trtllm"
 
-def engine_cap(settings: VllmSettings) -> int | None:
-    """The largest message vLLM fuses by its own table; None where it does not fuse at all."""
-    return settings.tables.fusion_max_bytes.get(settings.sm, {}).get(settings.world_size)
+    @property
+    def flashinfer_active(self) -> bool:
+        """Whether FlashInfer's plain all-reduce is asked at all for unfused messages."""
+        if self.flashinfer_all_reduce is None:
+            return self.tables.flashinfer_default
+        return self.flashinfer_all_reduce
 
+    def unfused_choice(self, message_bytes: int, hidden_size: int = 0) -> str:
+        """The path that runs today where this vLLM does not fuse: all-reduce, then the norm.
 
-def fused_choice(settings: VllmSettings, message_bytes: int) -> str:
-    """The fused kernel vLLM runs: one-shot up to and including its limit, two-shot above.
+        FlashInfer's plain all-reduce is asked up to the fusion table's size. Its ``mnnvl``
+        workspace may refuse large messages within that; the answer here is the table's.
+        """
+        return self._dispatch(message_bytes, max(self.cap_bytes() or 0, self._mnnvl_limit))
 
-    With FlashInfer's ``mnnvl`` backend (``fused_backend``) FlashInfer chooses by itself; this
-    names what the ``trtllm`` backend runs, which is what profiles hold.
-    """
-    limits = settings.tables.one_shot_max_bytes.get(settings.sm, {})
-    limit = limits.get(settings.world_size)
-    one_shot = limit is None or message_bytes <= limit
-    return "flashinfer.one_shot" if one_shot else "flashinfer.two_shot"
+    def displaced_choice(self, message_bytes: int, hidden_size: int = 0) -> str:
+        """The path that would run if the fusion table ended below ``message_bytes``.
 
+        FlashInfer's plain all-reduce reads the same table, so lowering the table takes it away
+        too, except where vLLM holds a separate size for it.
+        """
+        return self._dispatch(message_bytes, self._mnnvl_limit)
 
-def fused_backend(settings: VllmSettings) -> Literal["trtllm", "mnnvl"]:
-    """Which of FlashInfer's backends this vLLM fuses with on one node."""
-    if settings.flashinfer_backend != "auto":
-        return settings.flashinfer_backend
-    return "mnnvl" if settings.tables.prefers_mnnvl and settings.multicast else "trtllm"
+    def _dispatch(self, message_bytes: int, flashinfer_limit: int) -> str:
+        takes = {
+            "nccl_symm": self._nccl_symm_takes(message_bytes),
+            "flashinfer": self.flashinfer_active and message_bytes <= flashinfer_limit,
+            "custom": message_bytes % 16 == 0 and message_bytes < self.custom_limit,
+            "symm_mem": self.symm_mem_active and message_bytes <= self._symm_mem_limit,
+            "nccl": True,
+        }
+        backend = next(name for name in self.tables.dispatch if takes[name])
+        if backend == "symm_mem":
+            backend = "multimem" if self._multimem else "symm_mem.two_shot"
+        return unfused_path(backend)
 
+    @property
+    def symm_mem_active(self) -> bool:
+        """Whether torch's symmetric memory is up: switched on, multicast, listed, bf16 only."""
+        return (
+            self.symm_mem
+            and self.multicast
+            and self.dtype == "bfloat16"
+            and self._symm_mem_limit > 0
+        )
 
-def flashinfer_active(settings: VllmSettings) -> bool:
-    """Whether FlashInfer's plain all-reduce is asked at all for unfused messages."""
-    if settings.flashinfer_all_reduce is None:
-        return settings.tables.flashinfer_default
-    return settings.flashinfer_all_reduce
+    @property
+    def custom_limit(self) -> int:
+        """The size at which custom all-reduce stops (it takes strictly less); 0 where it is off.
 
+        The table applies only beside symmetric memory, which does not look at the dtype then.
+        """
+        connected = self.world_size == 2 or self.fully_connected
+        if not (self.custom_all_reduce and connected and self.world_size in CUSTOM_WORLD_SIZES):
+            return 0
+        if self.symm_mem and self.multicast and self._symm_mem_limit:
+            return self._custom_beside_symm_mem
+        return CUSTOM_BUFFER_BYTES
 
-def unfused_choice(settings: VllmSettings, message_bytes: int) -> str:
-    """The path that runs today where this vLLM does not fuse: all-reduce, then the norm.
+    @property
+    def _custom_beside_symm_mem(self) -> int:
+        table = self.tables.custom_max_bytes.get(self.sm, {})
+        return min(table.get(self.world_size, CUSTOM_BUFFER_BYTES), CUSTOM_BUFFER_BYTES)
 
-    FlashInfer's plain all-reduce is asked up to the fusion table's size. Its ``mnnvl`` workspace
-    may refuse large messages within that; the answer here is the table's.
-    """
-    limit = max(engine_cap(settings) or 0, _mnnvl_limit(settings))
-    return _dispatch(settings, message_bytes, limit)
+    @property
+    def _symm_mem_limit(self) -> int:
+        return self.tables.symm_mem_max_bytes.get(self.sm, {}).get(self.world_size, 0)
 
+    @property
+    def _multimem(self) -> bool:
+        return self.world_size in self.tables.multimem_world_sizes.get(self.sm, ())
 
-def displaced_choice(settings: VllmSettings, message_bytes: int) -> str:
-    """The path that would run if the fusion table ended below ``message_bytes``.
+    @property
+    def _mnnvl_limit(self) -> int:
+        """The size kept apart from the fusion table for FlashInfer's plain mnnvl all-reduce."""
+        sizes = self.tables.mnnvl_max_bytes or {}
+        return sizes.get((self.sm, self.world_size), 0) if self.fused_backend == "mnnvl" else 0
 
-    This is what a cap is measured against. FlashInfer's plain all-reduce reads the same table,
-    so lowering the table takes it away too, except where vLLM holds a separate size for it.
-    """
-    return _dispatch(settings, message_bytes, _mnnvl_limit(settings))
+    def _nccl_symm_takes(self, message_bytes: int) -> bool:
+        """``should_nccl_symm_mem_allreduce``: outside the range where custom is preferred."""
+        if not self.nccl_symm_mem:
+            return False
+        bounds = (self.tables.nccl_symm_ranges or {}).get(self.world_size)
+        if bounds is None:
+            return self.world_size > self.tables.nccl_symm_above_world_size
+        return message_bytes <= bounds[0] or message_bytes >= bounds[1]
 
+    def rule(self, hidden_size: int | None = None) -> RuleCap:
+        """min(vLLM's cap, size at which the active fast all-reduce takes over): 44079's rule.
 
-def _dispatch(settings: VllmSettings, message_bytes: int, flashinfer_limit: int) -> str:
-    takes = {
-        "nccl_symm": _nccl_symm_takes(settings, message_bytes),
-        "flashinfer": flashinfer_active(settings) and message_bytes <= flashinfer_limit,
-        "custom": message_bytes % 16 == 0 and message_bytes < custom_limit(settings),
-        "symm_mem": symm_mem_active(settings) and message_bytes <= _symm_mem_limit(settings),
-        "nccl": True,
-    }
-    backend = next(name for name in settings.tables.dispatch if takes[name])
-    if backend == "symm_mem":
-        backend = "multimem" if _multimem(settings) else "symm_mem.two_shot"
-    return unfused_path(backend)
+        Fast all-reduces are NCCL symmetric memory, from the upper end of the range in which vLLM
+        prefers its custom kernel, and multimem, from the custom kernel's table size. Where
+        neither is available vLLM's cap stands.
+        """
+        cap = self.cap_bytes()
+        if cap is None:
+            return RuleCap(None, False, f"vLLM {self.tables.read_in} does not fuse here")
+        takeovers: list[tuple[int, str]] = []
+        bounds = (self.tables.nccl_symm_ranges or {}).get(self.world_size)
+        if self.nccl_symm_mem and bounds is not None:
+            takeovers.append((bounds[1], "NCCL symmetric memory"))
+        if self.symm_mem_active and self._multimem:
+            takeovers.append((self._custom_beside_symm_mem, "multimem"))
+        if not takeovers:
+            return RuleCap(cap, False, "no faster all-reduce takes over below the engine's cap")
+        size, name = min(takeovers)
+        takes = f"{name} takes over at {format_size(size)}"
+        if size >= cap:
+            return RuleCap(cap, False, f"{takes}, not below the cap")
+        return RuleCap(size, True, takes)
 
+    def flag(self, cap_bytes: int) -> str:
+        """What to paste behind ``vllm serve MODEL`` to set the cap by hand.
 
-def symm_mem_active(settings: VllmSettings) -> bool:
-    """Whether torch's symmetric memory is up: switched on, multicast, listed, bf16 only."""
-    return (
-        settings.symm_mem
-        and settings.multicast
-        and settings.dtype == "bfloat16"
-        and _symm_mem_limit(settings) > 0
-    )
+        A cap of 0 turns the fusion off: as a size, vLLM would make it a compile range of no tokens.
+        """
+        passes = f'{{"fi_allreduce_fusion_max_size_mb": {field_mb(cap_bytes)!r}}}'
+        if cap_bytes == 0:
+            passes = '{"fuse_allreduce_rms": false}'
+        return f"--compilation-config '{{\"pass_config\": {passes}}}'"
 
+    def environment(self, cap_bytes: int) -> str | None:
+        """The environment variable the flag needs beside it, or None.
 
-def custom_limit(settings: VllmSettings) -> int:
-    """The size at which custom all-reduce stops (it takes strictly less); 0 where it is off.
+        FlashInfer's plain all-reduce reads the table, not the field: where it is on, it would take
+        the messages that the flag sends away from the fused kernel.
+        """
+        cap = self.cap_bytes()
+        if self.flashinfer_active and cap is not None and cap_bytes < cap:
+            return "VLLM_ALLREDUCE_USE_FLASHINFER=0"
+        return None
 
-    The table applies only beside symmetric memory, which does not look at the dtype then.
-    """
-    connected = settings.world_size == 2 or settings.fully_connected
-    if not (settings.custom_all_reduce and connected and settings.world_size in CUSTOM_WORLD_SIZES):
-        return 0
-    if settings.symm_mem and settings.multicast and _symm_mem_limit(settings):
-        return _custom_beside_symm_mem(settings)
-    return CUSTOM_BUFFER_BYTES
-
-
-def _custom_beside_symm_mem(settings: VllmSettings) -> int:
-    table = settings.tables.custom_max_bytes.get(settings.sm, {})
-    return min(table.get(settings.world_size, CUSTOM_BUFFER_BYTES), CUSTOM_BUFFER_BYTES)
-
-
-def _symm_mem_limit(settings: VllmSettings) -> int:
-    return settings.tables.symm_mem_max_bytes.get(settings.sm, {}).get(settings.world_size, 0)
-
-
-def _multimem(settings: VllmSettings) -> bool:
-    return settings.world_size in settings.tables.multimem_world_sizes.get(settings.sm, ())
-
-
-def _mnnvl_limit(settings: VllmSettings) -> int:
-    """The size kept apart from the fusion table for FlashInfer's plain mnnvl all-reduce."""
-    sizes = settings.tables.mnnvl_max_bytes or {}
-    if fused_backend(settings) != "mnnvl":
-        return 0
-    return sizes.get((settings.sm, settings.world_size), 0)
-
-
-def _nccl_symm_takes(settings: VllmSettings, message_bytes: int) -> bool:
-    """``should_nccl_symm_mem_allreduce``: outside the open range where custom is preferred."""
-    if not settings.nccl_symm_mem:
-        return False
-    bounds = (settings.tables.nccl_symm_ranges or {}).get(settings.world_size)
-    if bounds is None:
-        return settings.world_size > settings.tables.nccl_symm_above_world_size
-    return message_bytes <= bounds[0] or message_bytes >= bounds[1]
-
-
-@dataclass(frozen=True)
-class RuleCap:
-    """The rule's answer. ``lowered`` False: the engine's own cap stands."""
-
-    cap_bytes: int | None
-    lowered: bool
-    why: str
-
-
-def rule_cap(settings: VllmSettings) -> RuleCap:
-    """min(engine's cap, size at which the active fast all-reduce takes over): issue 44079's rule.
-
-    Fast all-reduces are NCCL symmetric memory, from the upper end of the range in which vLLM
-    prefers its custom kernel, and multimem, from the custom kernel's table size. Where neither
-    is available the engine's cap stands.
-    """
-    cap = engine_cap(settings)
-    if cap is None:
-        return RuleCap(None, False, f"vLLM {settings.tables.read_in} does not fuse here")
-    takeovers: list[tuple[int, str]] = []
-    bounds = (settings.tables.nccl_symm_ranges or {}).get(settings.world_size)
-    if settings.nccl_symm_mem and bounds is not None:
-        takeovers.append((bounds[1], "NCCL symmetric memory"))
-    if symm_mem_active(settings) and _multimem(settings):
-        takeovers.append((_custom_beside_symm_mem(settings), "multimem"))
-    if not takeovers:
-        return RuleCap(cap, False, "no faster all-reduce takes over below the engine's cap")
-    size, name = min(takeovers)
-    if size >= cap:
-        return RuleCap(cap, False, f"{name} takes over at {format_size(size)}, not below the cap")
-    return RuleCap(size, True, f"{name} takes over at {format_size(size)}")
+    def notes(self) -> list[str]:
+        """About FlashInfer: its backend, and its plain all-reduce."""
+        notes = []
+        if self.fused_backend == "mnnvl":
+            notes.append(
+                f"vLLM {self.version} fuses with FlashInfer's mnnvl backend where multicast works "
+                "(VLLM_FLASHINFER_ALLREDUCE_BACKEND=trtllm selects the other); the fused times "
+                "here are trtllm's."
+            )
+        if self.flashinfer_active:
+            notes.append(
+                "FlashInfer's plain all-reduce reads the fusion table and is asked first: setting "
+                "the field alone leaves it in place up to the table's size. The fusewise plugin "
+                "lowers both; by hand set VLLM_ALLREDUCE_USE_FLASHINFER=0 beside the flag."
+            )
+        return notes
 
 
 def field_mb(cap_bytes: int) -> float:
     """A cap as ``fi_allreduce_fusion_max_size_mb`` takes it: binary MB, exact for any bytes."""
     return cap_bytes / FIELD_UNIT_BYTES
-
-
-def vllm_flag(cap_bytes: int) -> str:
-    """What to paste behind ``vllm serve MODEL`` to set the cap by hand.
-
-    A cap of 0 turns the fusion off: as a size, vLLM would make it a compile range of no tokens.
-    """
-    field_text = f'{{"fi_allreduce_fusion_max_size_mb": {field_mb(cap_bytes)!r}}}'
-    if cap_bytes == 0:
-        field_text = '{"fuse_allreduce_rms": false}'
-    return f"--compilation-config '{{\"pass_config\": {field_text}}}'"
-
-
-def vllm_environment(settings: VllmSettings, cap_bytes: int) -> str | None:
-    """The environment variable the flag needs beside it, or None.
-
-    FlashInfer's plain all-reduce reads the table, not the field: where it is on, it would take
-    the messages that the flag sends away from the fused kernel.
-    """
-    cap = engine_cap(settings)
-    if flashinfer_active(settings) and cap is not None and cap_bytes < cap:
-        return "VLLM_ALLREDUCE_USE_FLASHINFER=0"
-    return None

@@ -13,15 +13,16 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
-from fusewise.engines.cap import CapDecision, ExplicitCap, decide_cap
-from fusewise.engines.vllm.dispatch import VllmSettings, engine_cap, field_mb, fused_backend
-from fusewise.engines.vllm.environment import probe_apart, settings_here
+from fusewise.engines.cap import CapDecision, decide_cap
+from fusewise.engines.plugin import explicit_cap, mode, probe_apart
+from fusewise.engines.vllm.dispatch import VllmSettings, field_mb
+from fusewise.engines.vllm.engine import settings_on
 from fusewise.engines.vllm.router import full_cap
 from fusewise.engines.vllm.seams import MARK, TABLE_SEAM, resolve
 from fusewise.errors import FusewiseError
 from fusewise.profiles.schema import Profile
 from fusewise.profiles.store import Level, find_profile
-from fusewise.shape import DType, format_size, parse_dtype, parse_size
+from fusewise.shape import DType, format_size, parse_dtype
 
 log = logging.getLogger("vllm.plugins.fusewise")
 
@@ -41,16 +42,16 @@ def around_set_compile_ranges(original: Any, config: Any, *args: Any, **kwargs: 
 
     The mode is read anew: engines of one process may differ in it.
     """
-    mode = os.environ.get("FUSEWISE_VLLM", "cap")
     try:
-        if mode != "off":
-            apply(config, mode)
+        switch = mode("vllm", os.environ)
+        if switch != "off":
+            apply(config, switch)
     except Exception as error:
         log.warning("fusewise leaves vLLM's fusion cap as it is: %s", error)
     return original(config, *args, **kwargs)
 
 
-def apply(config: Any, mode: str) -> None:
+def apply(config: Any, switch: str) -> None:
     """Sets the cap on a ``VllmConfig`` whose user has not, and says so in one line.
 
     Does nothing at tensor-parallel size 1, without the fusion, or when it was here before.
@@ -71,7 +72,7 @@ def apply(config: Any, mode: str) -> None:
     dtype = parse_dtype(str(config.model_config.dtype)) if config.model_config else "bfloat16"
     hidden_size = config.model_config.get_hidden_size() if config.model_config else None
     custom = not config.parallel_config.disable_custom_all_reduce
-    answer = decide(world_size, dtype, hidden_size, mode, old, custom_all_reduce=custom)
+    answer = answer_here(world_size, dtype, hidden_size, switch, old, custom_all_reduce=custom)
     row_bytes = hidden_size * config.model_config.dtype.itemsize if hidden_size else 1
     if answer.cap_bytes < row_bytes:
         passes.fuse_allreduce_rms = False  # an endpoint of 0 tokens is none vLLM accepts
@@ -88,11 +89,11 @@ def _change(old: int, answer: Answer) -> str:
     return f"{format_size(old)} -> {new} ({answer.mode})"
 
 
-def decide(
+def answer_here(
     world_size: int,
     dtype: DType,
     hidden_size: int | None,
-    mode: str,
+    switch: str,
     live_cap: int,
     *,
     custom_all_reduce: bool,
@@ -103,7 +104,7 @@ def decide(
         world_size: tensor-parallel size.
         dtype: the model's.
         hidden_size: the model's, or None.
-        mode: ``cap`` or ``full``.
+        switch: ``cap`` or ``full``.
         live_cap: what this vLLM's own table says, bytes.
         custom_all_reduce: False with ``--disable-custom-all-reduce``.
 
@@ -113,11 +114,12 @@ def decide(
     """
     version = importlib.metadata.version("vllm")
     node = probe_apart(world_size)
-    settings = settings_here(version, node, dtype, os.environ, custom_all_reduce=custom_all_reduce)
-    if engine_cap(settings) != live_cap:
+    flags = {"custom_all_reduce": custom_all_reduce}
+    settings = settings_on(version, node, dtype, os.environ, flags)
+    if settings.cap_bytes() != live_cap:
         raise FusewiseError(
             f"the fusion table of vLLM {version} is not the one known here",
-            expected=str(engine_cap(settings)),
+            expected=str(settings.cap_bytes()),
             got=str(live_cap),
         )
     profile: Profile | None = None
@@ -130,27 +132,29 @@ def decide(
         notes, where = (str(error),), "the profile asked for cannot be used"
     for note in notes:
         log.warning("fusewise: %s", note)
-    named = os.environ.get("FUSEWISE_CAP")
-    explicit = ExplicitCap(parse_size(named), "environment") if named else None
     decision = decide_cap(
-        profile, settings, explicit=explicit, profile_level=level, hidden_size=hidden_size
+        profile,
+        settings,
+        explicit=explicit_cap(os.environ),
+        profile_level=level,
+        hidden_size=hidden_size,
     )
-    return _answer(decision, profile, settings, mode, hidden_size, where)
+    return _answer(decision, profile, settings, switch, hidden_size, where)
 
 
 def _answer(
     decision: CapDecision,
     profile: Profile | None,
     settings: VllmSettings,
-    mode: str,
+    switch: str,
     hidden_size: int | None,
     where: str,
 ) -> Answer:
     from_profile = decision.origin in ("measured", "published")
     source = where if from_profile else f"by {decision.level}, {where}"
-    if from_profile and fused_backend(settings) == "mnnvl":
+    if from_profile and settings.fused_backend == "mnnvl":
         source += "; measured with FlashInfer's trtllm kernels, this vLLM prefers mnnvl"
-    if mode == "full" and decision.origin != "explicit":
+    if switch == "full" and decision.origin != "explicit":
         wide = full_cap(profile, settings, hidden_size)
         if wide is not None:
             why = "the plan chooses kernel by kernel up to there"

@@ -64,7 +64,7 @@ def evidence(result: Audit, profile: Profile, settings: VllmSettings) -> str:
         f"{profile.provenance.source}",
         f"torch {mark.torch or '?'}, FlashInfer {mark.flashinfer or '?'}, NCCL "
         f"{mark.nccl or '?'}, driver {mark.driver or '?'}",
-        f"cap {_size(result.engine_cap_bytes)} -> {_size(result.cap.cap_bytes)}: {result.cap.why}",
+        f"cap {_size(settings.cap_bytes())} -> {_size(result.cap.cap_bytes)}: {result.cap.why}",
         "delta = unfused - fused, us; above 0 fusing wins",
         "",
         "| hidden | tokens | size | fused | us | unfused | us | delta |",

@@ -12,30 +12,27 @@ from typing import Any
 
 log = logging.getLogger("vllm.plugins.fusewise")
 
-MODES = ("cap", "full", "off")
-
 
 def register() -> None:
     """Prepares this process; safe to call any number of times. Never raises."""
-    mode = os.environ.get("FUSEWISE_VLLM", "cap")
-    if mode == "off":
-        return
     try:
-        fault = _prepare(mode)
+        fault = _prepare()
     except Exception as error:
         fault = f"{type(error).__name__}: {error}"
     if fault:
         log.warning("fusewise does nothing: %s", fault)
 
 
-def _prepare(mode: str) -> str | None:
+def _prepare() -> str | None:
     """Wraps the seams; the reason when it does not."""
-    if mode not in MODES:
-        return f"FUSEWISE_VLLM is {mode!r}, expected {', '.join(MODES)}"
     import importlib.metadata
 
+    from fusewise.engines.plugin import mode
     from fusewise.engines.vllm import narrow, seams
-    from fusewise.engines.vllm.dispatch import tables_of
+    from fusewise.engines.vllm.tables import tables_of
+
+    if mode("vllm", os.environ) == "off":
+        return None
 
     tables_of(importlib.metadata.version("vllm"))  # raises for a version nobody read
     moved = seams.missing((*seams.CONFIG_SEAMS, *seams.WORKER_SEAMS))

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from fusewise.engines.vllm.dispatch import VllmSettings, displaced_choice, engine_cap
+from fusewise.engines.vllm.dispatch import VllmSettings
 from fusewise.operation import Op, all_reduce_of, is_unfused
 from fusewise.profiles.bands import Plan, Table
 from fusewise.profiles.plan import derive
@@ -44,7 +44,7 @@ def choices_here(profile: Profile, settings: VllmSettings) -> Profile:
 
 def _runs_here(sample: Sample, profile: Profile, settings: VllmSettings) -> bool:
     size = Shape(sample.num_tokens, sample.hidden_size, profile.dtype).message_bytes
-    own = displaced_choice(settings, size)
+    own = settings.displaced_choice(size)
     if sample.op == FUSED_OP:
         return _is_fused(sample.path) or sample.path == own
     return sample.path.startswith(NATIVE) or sample.path == all_reduce_of(own)
@@ -70,7 +70,7 @@ def full_cap(
         tables = [nearest] if nearest is not None else []
     if not tables:
         return None
-    bound = max(engine_cap(settings) or 0, _WORKSPACE_BYTES // settings.world_size)
+    bound = max(settings.cap_bytes() or 0, _WORKSPACE_BYTES // settings.world_size)
     return min(bound, *(_fuses_up_to(table) for table in tables)) or None
 
 

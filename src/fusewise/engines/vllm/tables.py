@@ -21,10 +21,15 @@ tables is ``dispatch.py``'s business.
 
 from __future__ import annotations
 
+import difflib
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from fusewise.errors import InputError
+
 _KIB, _MIB = 2**10, 2**20
+_RELEASE = re.compile(r"v?(\d+)\.(\d+)(?:\.\d+)?(?:[.+-]?[a-z].*|\+.*)?")
 
 BySize = Mapping[int, int]
 BySm = Mapping[int, BySize]
@@ -141,3 +146,22 @@ CUSTOM_BUFFER_BYTES = 8 * _MIB
 CUSTOM_WORLD_SIZES = (2, 4, 6, 8)
 # PassConfig.flashinfer_max_size, config/compilation.py: int(field_mb * 1024 * 1024).
 FIELD_UNIT_BYTES = _MIB
+
+
+def tables_of(version: str) -> Tables:
+    """The tables of a release, by its first two numbers.
+
+    Raises:
+        InputError: no wheel of that release was read; names those that were.
+    """
+    match = _RELEASE.fullmatch(version.strip())
+    minor = f"{match[1]}.{match[2]}" if match else version.strip()
+    if match and minor in TABLES:
+        return TABLES[minor]
+    near = difflib.get_close_matches(minor, TABLES, n=1, cutoff=0.5)
+    raise InputError(
+        "unknown vLLM version",
+        expected=f"one of {', '.join(TABLES)}",
+        got=repr(version),
+        hint=f"The nearest known one is {near[0]}." if near else None,
+    )

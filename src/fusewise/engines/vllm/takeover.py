@@ -11,8 +11,8 @@ import logging
 import os
 from typing import TYPE_CHECKING, Any
 
-from fusewise.engines.vllm.dispatch import VllmSettings, displaced_choice, engine_cap
-from fusewise.engines.vllm.environment import settings_here
+from fusewise.engines.vllm.dispatch import VllmSettings
+from fusewise.engines.vllm.engine import settings_on
 from fusewise.engines.vllm.router import FUSED_OP, NATIVE, Router, choices_here
 from fusewise.engines.vllm.seams import FUSED_SEAM, MARK, missing, wrap
 from fusewise.errors import UnavailableError
@@ -71,9 +71,9 @@ def _here(node: Fingerprint, config: Any) -> tuple[VllmSettings, Profile]:
         FusewiseError: there is no profile any more, or a switch cannot be read.
     """
     dtype = parse_dtype(str(config.model_config.dtype))
-    custom = not config.parallel_config.disable_custom_all_reduce
+    flags = {"custom_all_reduce": not config.parallel_config.disable_custom_all_reduce}
     version = importlib.metadata.version("vllm")
-    settings = settings_here(version, node, dtype, os.environ, custom_all_reduce=custom)
+    settings = settings_on(version, node, dtype, os.environ, flags)
     profile = find_profile(node, dtype).profile
     if profile is None:
         raise UnavailableError("full mode is off: the profile has gone")
@@ -141,6 +141,6 @@ def _silence_plain_flashinfer(vllm_communicator: Any, settings: VllmSettings) ->
     It stays where vLLM holds a size of its own for it, as on some Blackwell nodes.
     """
     plain = getattr(vllm_communicator, "fi_ar_comm", None)
-    own = displaced_choice(settings, engine_cap(settings) or 0)
+    own = settings.displaced_choice(settings.cap_bytes() or 0)
     if plain is not None and not own.startswith("flashinfer"):
         plain.disabled = True

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from fusewise.decode.config import DecodeSettings
 from fusewise.decode.models import build_model, shape_named
-from fusewise.decode.settings import DecodeSettings
 from fusewise.decode.step import Batch, Compiled, DecodeRunner, PrefillRunner
 from fusewise.errors import VerificationError
 from fusewise.graph.decide import Choice, TokenRange, decide

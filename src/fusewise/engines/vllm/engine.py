@@ -1,0 +1,92 @@
+"""vLLM as an engine: its settings on a node, from its version, its environment and our flags.
+
+Reads the environment variables under vLLM's own names and defaults. Never imports vLLM.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import cast
+
+from fusewise.engines.base import Engine, Flag
+from fusewise.engines.vllm.dispatch import FlashInferBackend, VllmSettings
+from fusewise.engines.vllm.tables import TABLES
+from fusewise.errors import InputError, UnavailableError
+from fusewise.node import Fingerprint
+from fusewise.shape import DType
+
+
+def settings_on(
+    version: str,
+    node: Fingerprint,
+    dtype: DType,
+    environ: Mapping[str, str],
+    flags: Mapping[str, bool],
+) -> VllmSettings:
+    """What decides this vLLM's all-reduce on this node.
+
+    Args:
+        version: of vLLM.
+        node: its ``world_size`` is the tensor-parallel size.
+        dtype: the model's.
+        environ: where vLLM's switches are; each has vLLM's default.
+        flags: win over ``environ``; ``custom_all_reduce`` is False with
+            ``--disable-custom-all-reduce``.
+
+    Raises:
+        InputError: the version was not read, or a switch has a value vLLM refuses too.
+        UnavailableError: no GPU, or a group over several nodes: vLLM does not fuse there.
+    """
+    if node.sm is None or node.nodes > 1:
+        raise UnavailableError(
+            "vLLM's fusion needs the GPUs of one node", got=f"{node.device}, nodes {node.nodes}"
+        )
+    invariant = _switch(environ, "VLLM_BATCH_INVARIANT", default=False)
+    backend = environ.get("VLLM_FLASHINFER_ALLREDUCE_BACKEND", "auto")
+    if backend not in ("auto", "trtllm", "mnnvl"):
+        raise InputError(
+            "VLLM_FLASHINFER_ALLREDUCE_BACKEND", expected="auto, trtllm or mnnvl", got=repr(backend)
+        )
+    plain = "VLLM_ALLREDUCE_USE_FLASHINFER"
+    switches: dict[str, bool] = {
+        "nccl_symm_mem": _switch(environ, "VLLM_USE_NCCL_SYMM_MEM", default=False)
+        and not invariant,
+        "symm_mem": _switch(environ, "VLLM_ALLREDUCE_USE_SYMM_MEM", default=True) and not invariant,
+        "fully_connected": node.fabric.startswith("nv"),
+    }
+    if plain in environ:
+        switches["flashinfer_all_reduce"] = _switch(environ, plain, default=False)
+    return VllmSettings(
+        version=version,
+        sm=node.sm,
+        world_size=node.world_size,
+        multicast=node.multicast,
+        dtype=dtype,
+        flashinfer_backend=cast("FlashInferBackend", backend),
+        **(switches | dict(flags)),
+    )
+
+
+def _switch(environ: Mapping[str, str], name: str, *, default: bool) -> bool:
+    """``bool(int(...))``, as vllm/envs.py reads it."""
+    text = environ.get(name, str(int(default)))
+    try:
+        return bool(int(text))
+    except ValueError as error:
+        raise InputError(name, expected="0 or 1", got=repr(text)) from error
+
+
+ENGINE = Engine(
+    name="vllm",
+    distribution="vllm",
+    versions=tuple(TABLES),
+    settings=settings_on,
+    flags=(
+        Flag("nccl_symm_mem", "--nccl-symm-mem", "As with VLLM_USE_NCCL_SYMM_MEM=1."),
+        Flag(
+            "symm_mem",
+            "--symm-mem/--no-symm-mem",
+            "As with VLLM_ALLREDUCE_USE_SYMM_MEM=1 or 0.",
+        ),
+    ),
+)
