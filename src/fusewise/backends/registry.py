@@ -29,7 +29,10 @@ _CUDA = {
     "native.one_shot": "native.strategies:OneShot",
     "native.two_shot": "native.strategies:TwoShot",
 }
-_CPU = {"gloo": "torch_dist:Gloo", "shm.one_shot": "shm:OneShot"}
+_CPU = {
+    "gloo": "torch_dist:Gloo",
+    "shm.one_shot": "shm:OneShot",
+}
 _HOMES = _CUDA | _CPU
 
 
