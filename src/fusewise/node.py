@@ -7,6 +7,8 @@ Facts come from NVML, the driver and the installed packages' metadata, so ``expl
 from __future__ import annotations
 
 import ctypes
+import functools
+import hashlib
 import importlib.metadata
 import importlib.util
 import os
@@ -20,6 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field
 HARDWARE = ("device_type", "device", "sm", "world_size", "nodes", "fabric", "multicast")
 SOFTWARE = ("driver", "cuda", "nccl", "torch", "flashinfer")
 
+_KERNELS = Path(__file__).parent / "backends" / "native" / "cuda"
 # CU_DEVICE_ATTRIBUTE_MULTICAST_SUPPORTED in cuda.h (CUDA 12.1 and later).
 _ATTRIBUTE_MULTICAST_SUPPORTED = 132
 _NVLINK_MAX = 18  # NVML_NVLINK_MAX_LINKS
@@ -30,6 +33,7 @@ class Fingerprint(BaseModel):
 
     ``fabric`` is ``nv18`` for 18 active NVLinks per GPU, ``pcie`` without NVLink, ``shm`` for CPU
     ranks of one host, ``net`` for ranks of several hosts. Versions are ``None`` where absent.
+    ``kernels`` is the digest of our own CUDA sources: what was measured of others is not ours now.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -46,6 +50,7 @@ class Fingerprint(BaseModel):
     nccl: str | None = None
     torch: str | None = None
     flashinfer: str | None = None
+    kernels: str | None = None
 
     def differences(self, other: Fingerprint, fields: tuple[str, ...]) -> list[str]:
         """One line per differing field: ``torch: 2.11.0 in the profile, 2.13.0 here``."""
@@ -78,7 +83,7 @@ def probe(world_size: int, *, nodes: int = 1, device_type: str | None = None) ->
         )
     if nodes > 1:
         gpu["fabric"] = "net"
-    software |= {"cuda": _torch_cuda(), "nccl": _nccl()}
+    software |= {"cuda": _torch_cuda(), "nccl": _nccl(), "kernels": kernels_digest()}
     return Fingerprint(device_type="cuda", world_size=world_size, nodes=nodes, **gpu, **software)
 
 
@@ -144,6 +149,15 @@ def multicast_supported() -> bool:
         return False
     failed = cuda.cuDeviceGetAttribute(ctypes.byref(value), _ATTRIBUTE_MULTICAST_SUPPORTED, device)
     return not failed and value.value == 1
+
+
+@functools.lru_cache(maxsize=1)
+def kernels_digest() -> str:
+    """A digest of our CUDA sources, over names and contents, comments included."""
+    content = hashlib.sha256()
+    for file in sorted(_KERNELS.glob("*.cu*")):
+        content.update(file.name.encode() + b"\0" + file.read_bytes() + b"\0")
+    return content.hexdigest()[:16]
 
 
 def cpu_name() -> str:

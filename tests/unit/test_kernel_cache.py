@@ -137,7 +137,7 @@ def test_the_key_changes_with_everything_that_goes_in(monkeypatch: pytest.Monkey
     keys |= {build.cubin_key(replace(instance, **change), 90) for change in changes}
     monkeypatch.setattr(build, "nvrtc_version", lambda: "13.1")
     keys.add(build.cubin_key(instance, 90))
-    monkeypatch.setattr(build, "_sources_digest", lambda: "another source")
+    monkeypatch.setattr(build, "kernels_digest", lambda: "another source")
     keys.add(build.cubin_key(instance, 90))
     assert len(keys) == 2 + len(changes) + 2
 

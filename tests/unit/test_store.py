@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from fusewise.errors import ProfileError, StaleProfileError, UnavailableError
-from fusewise.node import HARDWARE, SOFTWARE
+from fusewise.errors import InputError, ProfileError, StaleProfileError, UnavailableError
+from fusewise.node import HARDWARE, SOFTWARE, Fingerprint
 from fusewise.profiles import store
 from tests.samples import FUSED, NODE, UNFUSED, profile_of
 
@@ -37,7 +37,7 @@ def test_precedence_from_argument_to_nothing(environ: dict[str, str], tmp_path: 
     def level(**named: object) -> str:
         return store.find_profile(NODE, "bfloat16", environ=environ, **named).level  # type: ignore[arg-type]
 
-    assert level() == "engine default"
+    assert level() == "packaged profile"  # of such a node, if of other versions
     place(environ, "site")
     assert level() == "site profile"
     place(environ)
@@ -54,18 +54,59 @@ def test_another_dtype_is_not_found_by_searching(environ: dict[str, str]) -> Non
     assert store.find_profile(NODE, "float16", environ=environ).profile is None
 
 
-@pytest.mark.parametrize("field", [*HARDWARE, *SOFTWARE])
-def test_every_identity_field_makes_a_found_profile_stale(
-    field: str, environ: dict[str, str]
-) -> None:
+def elsewhere(environ: dict[str, str], field: str) -> Fingerprint:
+    """A node that differs in one field from the one whose profile is stored under its name."""
     path = place(environ)
     here = NODE.model_copy(update={field: OTHER[field]})
     # The file may carry the asked name although its content is of another node.
     path.rename(path.with_name(store.profile_file_name(here, "bfloat16")))
-    found = store.find_profile(here, "bfloat16", environ=environ)
+    return here
+
+
+@pytest.mark.parametrize("field", HARDWARE)
+def test_a_found_profile_of_other_hardware_is_stale(field: str, environ: dict[str, str]) -> None:
+    found = store.find_profile(elsewhere(environ, field), "bfloat16", environ=environ)
     assert found.profile is None
     assert any(f"{field}: {getattr(NODE, field)} in the profile" in note for note in found.notes)
     assert any("fusewise tune" in note for note in found.notes)
+
+
+@pytest.mark.parametrize("field", SOFTWARE)
+def test_other_versions_do_not_silence_a_profile_unless_asked(
+    field: str, environ: dict[str, str]
+) -> None:
+    here = elsewhere(environ, field)
+    found = store.find_profile(here, "bfloat16", environ=environ)
+    assert (found.profile, found.level) == (GOOD, "user profile")
+    (note,) = found.notes
+    assert f"applies although {field}: {getattr(NODE, field)} in the profile" in note
+    for how in ({"strict": True}, {"environ": environ | {"FUSEWISE_STRICT": "1"}}):
+        strict = store.find_profile(here, "bfloat16", **({"environ": environ} | how))  # type: ignore[arg-type]
+        assert strict.profile is None
+        assert "is stale" in strict.notes[0]
+
+
+def test_nonsense_in_the_variable_is_named(environ: dict[str, str]) -> None:
+    with pytest.raises(InputError, match="FUSEWISE_STRICT: expected 0 or 1, got 'yes'"):
+        store.find_profile(NODE, "bfloat16", environ=environ | {"FUSEWISE_STRICT": "yes"})
+
+
+@pytest.mark.parametrize("measured_with", ["0123", None])
+def test_our_kernels_samples_count_only_for_their_sources(
+    measured_with: str | None, environ: dict[str, str]
+) -> None:
+    ours = profile_of({1: {FUSED: 5.0, UNFUSED: 8.0, "native.one_shot": 3.0}})
+    mark = NODE.model_copy(update={"kernels": measured_with})
+    ours = ours.model_copy(update={"fingerprint": mark})
+    store.save(ours, store.user_dir(environ))
+    same = store.find_profile(mark, "bfloat16", environ=environ)
+    assert same.profile == ours
+    changed = store.find_profile(
+        NODE.model_copy(update={"kernels": "89ab"}), "bfloat16", environ=environ
+    )
+    assert changed.profile is not None
+    assert {sample.path for sample in changed.profile.samples} == {FUSED, UNFUSED}
+    assert "native.one_shot left out" in changed.notes[0]
 
 
 def test_an_explicit_profile_of_other_hardware_is_refused(environ: dict[str, str]) -> None:

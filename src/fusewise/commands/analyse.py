@@ -79,7 +79,7 @@ def explain(
     message_bytes = parse_size(size)
     if hidden < 1:
         raise InputError("hidden size out of range", expected="at least 1", got=str(hidden))
-    found = resolve(question.profile, question.dtype, question.tp)
+    found = resolve(question.profile, question.dtype, question.tp, question.strict)
     tell(found.notes)
     if found.profile is not None:
         found = replace(found, profile=found.profile.without(select(words(without))))

@@ -56,7 +56,7 @@ def audit(question: Question, hidden: HiddenOption = None, fmt: FormatOption = "
 
     Example: fusewise audit --engine vllm --version 0.33 --profile nvidia-h200-tp8
     """
-    found = resolve_or_fail(question.profile, question.dtype, question.tp)
+    found = resolve_or_fail(question.profile, question.dtype, question.tp, question.strict)
     assert found.profile is not None
     settings = question.settings(found.profile.fingerprint)
     result = auditing.audit(
@@ -118,7 +118,7 @@ def cap(question: Question, hidden: HiddenOption = None, fmt: FormatOption = "ta
     from a profile where one answers, else by rule. As table: bytes on the first line, the flag on
     the second.
     """
-    found = resolve(question.profile, question.dtype, question.tp)
+    found = resolve(question.profile, question.dtype, question.tp, question.strict)
     tell(found.notes)
     settings = question.settings(
         found.profile.fingerprint if found.profile else this_node(question.tp)

@@ -42,6 +42,10 @@ TpOption = Annotated[
         "--tp", min=1, max=4096, help="Ranks of one group. Default: one per GPU, or 2 on CPUs."
     ),
 ]
+StrictOption = Annotated[
+    bool | None,
+    typer.Option("--strict", help="Pass over profiles of other versions; as FUSEWISE_STRICT=1."),
+]
 WithoutOption = Annotated[
     list[str] | None,
     typer.Option("--without", help="Leave out a backend or a provider; may be repeated."),
@@ -122,7 +126,9 @@ def this_node(tp: int | None) -> Fingerprint:
     return probe(tp or (gpus if gpus > 1 else 2), device_type=None if gpus else "cpu")
 
 
-def resolve(profile: str | None, dtype: str, tp: int | None) -> store.Resolution:
+def resolve(
+    profile: str | None, dtype: str, tp: int | None, strict: bool | None = None
+) -> store.Resolution:
     """The profile to read: the one named, whatever node it is from, else this node's own.
 
     Raises:
@@ -135,12 +141,14 @@ def resolve(profile: str | None, dtype: str, tp: int | None) -> store.Resolution
         if tp not in (None, ranks):
             raise InputError(f"{named} is of {ranks} ranks", got=f"--tp {tp}")
         return store.Resolution(found, "environment" if profile is None else "flag", named)
-    return store.find_profile(this_node(tp), parse_dtype(dtype))
+    return store.find_profile(this_node(tp), parse_dtype(dtype), strict=strict)
 
 
-def resolve_or_fail(profile: str | None, dtype: str, tp: int | None) -> store.Resolution:
+def resolve_or_fail(
+    profile: str | None, dtype: str, tp: int | None, strict: bool | None = None
+) -> store.Resolution:
     """Like ``resolve``; an error where no profile applies."""
-    found = resolve(profile, dtype, tp)
+    found = resolve(profile, dtype, tp, strict)
     tell(found.notes)
     if found.profile is None:
         raise ProfileError(

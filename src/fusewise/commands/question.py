@@ -14,7 +14,12 @@ from typing import Annotated, Any, TypeVar, get_type_hints
 
 import typer
 
-from fusewise.commands.options import DTypeOption, ProfileOption, TpOption
+from fusewise.commands.options import (
+    DTypeOption,
+    ProfileOption,
+    StrictOption,
+    TpOption,
+)
 from fusewise.engines import registry
 from fusewise.engines.base import Engine, EngineSettings
 from fusewise.engines.cap import CapDecision, ExplicitCap, decide_cap
@@ -50,6 +55,7 @@ class Question:
     cap: Annotated[
         str | None, typer.Option("--cap", help="An explicit cap; wins over everything.")
     ] = None
+    strict: StrictOption = None
     own: Mapping[str, bool] = field(default_factory=dict)
 
     def settings(self, node: Fingerprint) -> EngineSettings:

@@ -18,6 +18,7 @@ from fusewise.commands.options import (
     FormatOption,
     HiddenOption,
     ProfileOption,
+    StrictOption,
     TpOption,
     bordered,
     integers,
@@ -69,6 +70,7 @@ def check(
     dtype: DTypeOption = "bf16",
     tp: TpOption = None,
     hidden: HiddenOption = None,
+    strict: StrictOption = None,
     fmt: FormatOption = "table",
 ) -> None:
     """What the plugin would do, and what the present setting costs.
@@ -78,7 +80,7 @@ def check(
 
     Example: fusewise vllm check --tp 8
     """
-    found = resolve(profile, dtype, tp)
+    found = resolve(profile, dtype, tp, strict)
     tell(found.notes)
     node = found.profile.fingerprint if found.profile else this_node(tp)
     settings = settings_on(_version(version), node, parse_dtype(dtype), os.environ, {})

@@ -3,7 +3,10 @@
 Precedence, highest first: argument, command-line flag, environment, the user's profile, the
 site's profile, a packaged published profile. Whatever comes after (the rule, an engine's default)
 is not a profile and not decided here. An explicit profile that is broken is an error; one found by
-searching that is broken or stale is passed over with a note, and serving goes on.
+searching that is broken or of other hardware is passed over with a note, and serving goes on.
+
+What of a profile counts on a node is ``match.py``'s business; ``strict`` passes over a profile of
+other versions.
 
 Writing is atomic and exclusive: private directory, lock, temporary file, fsync, rename.
 """
@@ -25,8 +28,9 @@ from typing import Literal
 
 import platformdirs
 
-from fusewise.errors import ProfileError, StaleProfileError, UnavailableError
-from fusewise.node import HARDWARE, SOFTWARE, Fingerprint
+from fusewise.errors import InputError, ProfileError, StaleProfileError, UnavailableError
+from fusewise.node import HARDWARE, Fingerprint
+from fusewise.profiles.match import as_it_counts, software_differences
 from fusewise.profiles.schema import MAX_PROFILE_BYTES, Profile, parse_profile, profile_file_name
 from fusewise.shape import DType
 
@@ -91,13 +95,24 @@ def find_profile(
     argument: str | os.PathLike[str] | Profile | None = None,
     flag: str | None = None,
     environ: Mapping[str, str] = os.environ,
+    strict: bool | None = None,
 ) -> Resolution:
     """The profile that applies to a node, searched in order of precedence.
 
+    Args:
+        node: where it is to apply.
+        dtype: of the messages.
+        argument: a profile, or the name or path of one.
+        flag: likewise, from a command line.
+        environ: for FUSEWISE_PROFILE and FUSEWISE_STRICT, and where profiles are kept.
+        strict: pass over what was measured with other versions; None: as FUSEWISE_STRICT says.
+
     Raises:
+        InputError: FUSEWISE_STRICT is neither 0 nor 1.
         ProfileError: an explicitly named profile is missing or malformed.
         StaleProfileError: an explicitly named profile was measured on other hardware.
     """
+    strict = _strict(environ) if strict is None else strict
     if isinstance(argument, Profile):
         return _explicit(argument, "argument", "the profile passed", node)
     named: list[tuple[Level, str | os.PathLike[str] | None]] = [
@@ -108,7 +123,14 @@ def find_profile(
     for level, name in named:
         if name is not None:
             return _explicit(load(name), level, os.fspath(name), node)
-    return _search(node, dtype, environ)
+    return _search(node, dtype, environ, strict)
+
+
+def _strict(environ: Mapping[str, str]) -> bool:
+    text = environ.get("FUSEWISE_STRICT", "")
+    if text not in ("", "0", "1"):
+        raise InputError("FUSEWISE_STRICT", expected="0 or 1", got=repr(text))
+    return text == "1"
 
 
 def _explicit(profile: Profile, level: Level, where: str, node: Fingerprint) -> Resolution:
@@ -117,48 +139,45 @@ def _explicit(profile: Profile, level: Level, where: str, node: Fingerprint) -> 
         raise StaleProfileError(
             f"{where} was measured on another node", got="; ".join(other), hint=TUNE_HINT
         )
-    stale = _software_differences(profile, node)
-    notes = [f"{where} is used as asked for, although {line}" for line in stale]
-    return Resolution(profile, level, where, tuple(notes))
+    kept, notes = as_it_counts(profile, node, where)
+    return Resolution(kept, level, where, tuple(notes))
 
 
-def _search(node: Fingerprint, dtype: DType, environ: Mapping[str, str]) -> Resolution:
+def _search(
+    node: Fingerprint, dtype: DType, environ: Mapping[str, str], strict: bool
+) -> Resolution:
     notes: list[str] = []
+    for level, name, profile in _candidates(node, dtype, environ, notes):
+        stale = software_differences(profile, node) if strict else []
+        stale += profile.fingerprint.differences(node, HARDWARE)
+        if stale:
+            notes.append(f"{level} {Path(name).name} is stale: {'; '.join(stale)}. {TUNE_HINT}")
+            continue
+        kept, differing = as_it_counts(profile, node, name)
+        notes += differing
+        if kept is not None:
+            return Resolution(kept, level, name, tuple(notes))
+    return Resolution(None, "engine default", f"no {dtype} profile for this node", tuple(notes))
+
+
+def _candidates(
+    node: Fingerprint, dtype: DType, environ: Mapping[str, str], notes: list[str]
+) -> Iterator[tuple[Level, str, Profile]]:
     folders: list[tuple[Level, Path]] = [
         ("user profile", user_dir(environ)),
         ("site profile", site_dir(environ)),
     ]
     for level, folder in folders:
         path = folder / profile_file_name(node, dtype)
-        if not os.path.lexists(path):
-            continue
-        try:
-            profile = parse_profile(_read(path), str(path))
-        except ProfileError as error:
-            notes.append(f"{level} passed over: {error}")
-            continue
-        stale = profile.fingerprint.differences(node, HARDWARE)
-        stale += _software_differences(profile, node)
-        if not stale:
-            return Resolution(profile, level, str(path), tuple(notes))
-        notes.append(f"{level} {path.name} is stale: {'; '.join(stale)}. {TUNE_HINT}")
+        if os.path.lexists(path):
+            try:
+                yield level, str(path), parse_profile(_read(path), str(path))
+            except ProfileError as error:
+                notes.append(f"{level} passed over: {error}")
     for name in packaged_names():
         profile = load(name)
-        if profile.dtype != dtype or profile.fingerprint.differences(node, HARDWARE):
-            continue
-        stale = _software_differences(profile, node)
-        if not stale:
-            return Resolution(profile, "packaged profile", name, tuple(notes))
-        notes.append(f"packaged profile {name} is of other versions: {'; '.join(stale)}")
-    return Resolution(None, "engine default", f"no {dtype} profile for this node", tuple(notes))
-
-
-def _software_differences(profile: Profile, node: Fingerprint) -> list[str]:
-    """Differing versions. A published profile that names no version is not stale for that."""
-    mark = profile.fingerprint
-    known = tuple(name for name in SOFTWARE if getattr(mark, name) is not None)
-    fields = known if profile.provenance.origin == "published" else SOFTWARE
-    return mark.differences(node, fields)
+        if profile.dtype == dtype and not profile.fingerprint.differences(node, HARDWARE):
+            yield "packaged profile", name, profile
 
 
 def save(profile: Profile, folder: Path | None = None) -> Path:

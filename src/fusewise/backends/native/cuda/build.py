@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fusewise.errors import UnavailableError
+from fusewise.node import kernels_digest
 
 if TYPE_CHECKING:
     from fusewise.backends.native.cuda.cubin_cache import CubinCache
@@ -49,7 +50,7 @@ def cubin(instance: Instance, sm: int, cache: CubinCache) -> bytes:
 
 def cubin_key(instance: Instance, sm: int) -> str:
     """SHA-256 over sources, options, architecture and compiler version."""
-    parts = [_sources_digest(), repr(instance.defines()), instance.kernel, repr(_FLAGS)]
+    parts = [kernels_digest(), repr(instance.defines()), instance.kernel, repr(_FLAGS)]
     parts += [f"sm_{sm}", nvrtc_version()]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
@@ -108,14 +109,6 @@ class _Log:
 
     def write(self, text: str) -> None:
         self.text += text
-
-
-@lru_cache(maxsize=1)
-def _sources_digest() -> str:
-    digest = hashlib.sha256()
-    for path in sorted(SOURCES.glob("*.cu*")):
-        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
-    return digest.hexdigest()
 
 
 @lru_cache(maxsize=1)
