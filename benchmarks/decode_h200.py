@@ -50,7 +50,7 @@ def main() -> int:
         return 3
     profile = arguments.profile
     if profile is None:
-        fusewise("tune", "--tp", "2", "--hidden", "2048", "--output", str(RESULTS))
+        fusewise("tune", "--tp", "2", "--hidden", "2048", "--into", str(RESULTS))
         profile = str(max(RESULTS.glob("device=*tp=2*.json"), key=lambda p: p.stat().st_mtime))
     names = left_out(profile)
     table = fusewise(

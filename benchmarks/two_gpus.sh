@@ -24,7 +24,7 @@ tests() {
 tune() {
   timeout -k 10 30 "$python" -m fusewise doctor
   timeout -k 10 400 "$python" -m fusewise tune --budget 90s --plot "$out/tune.svg" \
-    --output "$out" 2>"$out/tune.log"
+    --into "$out" 2>"$out/tune.log"
   tail -n 5 "$out/tune.log"
   local profile
   profile=$(find "$out" -maxdepth 1 -name 'device=*.json' | head -n 1)

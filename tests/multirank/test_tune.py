@@ -23,7 +23,8 @@ SMALL = (
 
 
 def environment(home: Path) -> dict[str, str]:
-    return os.environ | {"FUSEWISE_HOME": str(home), "OMP_NUM_THREADS": "1"}
+    mine = {"FUSEWISE_HOME": home, "FUSEWISE_MEASURING_LOCK": home / "measuring.lock"}
+    return os.environ | {name: str(path) for name, path in mine.items()} | {"OMP_NUM_THREADS": "1"}
 
 
 def profiles(home: Path) -> list[Profile]:
@@ -49,10 +50,24 @@ def check(profile: Profile) -> None:
 
 
 def test_tune_and_bench_by_our_own_spawner(tmp_path: Path) -> None:
+    def points(profile: Profile) -> set[tuple[str, int, int]]:
+        return {(s.op, s.num_tokens, s.hidden_size) for s in profile.samples}
+
+    few = [*SMALL, "--budget", "0.1s"]
+    _, err = run([sys.executable, "-m", "fusewise", *few], tmp_path)
+    assert "0.1 s were not enough: 2 of 15 points are measured. Not reached:" in err
+    assert "Run the same command again: it goes on with these." in err
+    assert "Look at it: `fusewise show`" in err
+    (first,) = profiles(tmp_path)
+    assert len(points(first)) == 2
+    out, err = run([sys.executable, "-m", "fusewise", *few], tmp_path)
+    assert f"extending what was measured {first.provenance.created}" in err
+    assert "4 of 15" in err, "what was missing came first, and what was there is kept"
     out, err = run([sys.executable, "-m", "fusewise", *SMALL], tmp_path)
     assert json.loads(out)["bands"]["rows"]
-    assert "wrote " in err
+    assert "left" in err and "not enough" not in err
     (profile,) = profiles(tmp_path)
+    assert len(points(profile)) >= 15
     check(profile)
     bench = ["bench", "--hidden", "64", "--max-bytes", "8K", "--rounds", "5", "--format", "json"]
     out, _ = run([sys.executable, "-m", "fusewise", *bench], tmp_path)

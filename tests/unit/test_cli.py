@@ -165,7 +165,7 @@ def test_show_writes_every_form_and_its_pictures(tmp_path: Path) -> None:
         (("tune", "--tp", "4096"), 2, "cannot start that many ranks"),
         (("tune", "--without", "gloo"), 2, "cannot be left out"),
         (("tune", "--hidden", "9" * 5000), 2, "not a list of sizes"),
-        (("tune", "--output", "/proc/x"), 3, "cannot keep profiles in /proc/x"),
+        (("tune", "--into", "/proc/x"), 3, "cannot keep profiles in /proc/x"),
         (("tune", "--plot", "x.foo"), 2, "cannot draw there"),
         (("tune", "--plot", "/nope/x.svg"), 2, "cannot draw there"),
         (("bench", "--dtype", "int8"), 2, "unknown dtype"),

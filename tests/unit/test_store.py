@@ -9,7 +9,7 @@ import pytest
 
 from fusewise.errors import InputError, ProfileError, StaleProfileError, UnavailableError
 from fusewise.node import HARDWARE, SOFTWARE, Fingerprint
-from fusewise.profiles import store
+from fusewise.profiles import history, private, store
 from tests.samples import FUSED, NODE, UNFUSED, profile_of
 
 GOOD = profile_of({1: {FUSED: 5.0, UNFUSED: 8.0}})
@@ -163,14 +163,55 @@ def test_saving_is_private_atomic_and_refuses_a_symlink(environ: dict[str, str])
     assert store.load(moved) == GOOD
 
 
-def test_a_replaced_profile_is_kept_beside_the_new_one(environ: dict[str, str]) -> None:
+def test_a_replaced_profile_is_kept_in_the_history(environ: dict[str, str]) -> None:
     path = place(environ)
-    narrow = profile_of({7: {FUSED: 5.0, UNFUSED: 8.0}})
-    store.save(narrow, path.parent)
+    others = [profile_of({tokens: {FUSED: 5.0, UNFUSED: 8.0}}) for tokens in (7, 8)]
+    for one in others:
+        store.save(one, path.parent)
+    assert store.load(path) == others[1]
+    assert [store.load(kept) for kept in history.earlier(path)] == [others[0], GOOD]
+    history.restore(path, history.earlier(path)[1])
+    assert store.load(path) == GOOD
+    assert store.load(history.earlier(path)[0]) == others[1], "what was there is kept too"
+
+
+def test_the_history_has_an_end(environ: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(history, "KEPT", 12)
+    path = place(environ)
+    for _ in range(14):
+        store.save(GOOD, path.parent)
+    kept = history.earlier(path)
+    assert len(kept) == 12
+    numbers = [
+        int(path.stem.partition("_")[2] or 1)
+        for path in kept
+        if path.stem[:19] == kept[0].stem[:19]
+    ]
+    assert numbers == sorted(numbers, reverse=True), "the newest stay, by number, not by spelling"
+
+
+def test_a_narrow_tune_extends_what_is_there(environ: dict[str, str]) -> None:
+    path = place(environ)
+    narrow = profile_of({1: {FUSED: 4.0, UNFUSED: 7.0}, 64: {FUSED: 5.0, UNFUSED: 8.0}})
+    assert store.extend(narrow, path.parent)[0] == path
+    wide = store.load(path)
+    assert {s.num_tokens for s in wide.samples} == {1, 64}
+    assert next(s for s in wide.samples if s.num_tokens == 1) == narrow.samples[0], "the newer one"
+    assert wide.provenance.extends == GOOD.provenance.created
+
+
+@pytest.mark.parametrize("kind", ["other versions", "broken"])
+def test_a_profile_that_cannot_be_extended_goes_to_the_history(
+    kind: str, environ: dict[str, str]
+) -> None:
+    path = place(environ)
+    if kind == "broken":
+        path.write_text("{")
+    here = GOOD.model_copy(update={"fingerprint": NODE.model_copy(update={"torch": "9"})})
+    narrow = here if kind == "other versions" else GOOD
+    assert store.extend(narrow, path.parent)[1] == narrow
     assert store.load(path) == narrow
-    assert store.load(path.with_suffix(".previous")) == GOOD
-    store.save(GOOD, path.parent)
-    assert store.load(path.with_suffix(".previous")) == narrow
+    assert len(history.earlier(path)) == 1
 
 
 def test_a_full_disk_is_an_error_and_leaves_the_old_profile_whole(
@@ -181,7 +222,7 @@ def test_a_full_disk_is_an_error_and_leaves_the_old_profile_whole(
     def full(handle: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(store.os, "fsync", full)
+    monkeypatch.setattr(private.os, "fsync", full)
     with pytest.raises(UnavailableError, match="No space left"):
         store.save(profile_of({7: {FUSED: 5.0, UNFUSED: 8.0}}), path.parent)
     assert store.load(path) == GOOD
@@ -192,7 +233,7 @@ def test_a_directory_others_can_write_is_refused(tmp_path: Path) -> None:
     folder = tmp_path / "open"
     folder.mkdir()
     folder.chmod(0o777)
-    with pytest.raises(UnavailableError, match="not private"):
+    with pytest.raises(UnavailableError, match="has mode 777"):
         store.save(GOOD, folder)
 
 
@@ -201,7 +242,7 @@ def test_a_held_lock_is_waited_for_and_then_named(
 ) -> None:
     path = place(environ)
     before = path.read_text()
-    monkeypatch.setattr(store, "_LOCK_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(history, "_LOCK_TIMEOUT_S", 0.1)
     with (path.parent / ".lock").open("w") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         with pytest.raises(UnavailableError, match="has held the lock"):

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 
 import fusewise
+from fusewise.commands.measuring import alone
 from fusewise.commands.options import (
     FormatOption,
     ProfileOption,
@@ -122,7 +123,8 @@ def decode(
         engine_cap_bytes=cap_bytes,
         without=words(without),
     )
-    result = _run(team, settings, arms)
+    with alone():
+        result = _run(team, settings, arms)
     notes = [f"{arm.name}: {arm.note}" for arm in arms]
     write([section(result["rows"], _title(settings, node), notes)], fmt)
     if output is not None:
@@ -199,7 +201,7 @@ def _profile(name: str | None, node: Fingerprint, team: Team, settings: DecodeSe
         max_bytes=max(largest.message_bytes, 2 * smallest.message_bytes),
         budget_s=_TUNE_S[team.device],
     )
-    with terminated_like_interrupted(), progress("tune") as listen:
+    with alone(), terminated_like_interrupted(), progress("tune") as listen:
         measured = tune_team(team, sizes, listen)
     assert measured is not None  # this process leads: it has all ranks
     return measured

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from fusewise.commands.after_tune import kept_so_far, picture_of, unreached, what_now
+from fusewise.commands.measuring import alone
 from fusewise.commands.options import (
     DTypeOption,
     FormatOption,
@@ -16,16 +18,17 @@ from fusewise.commands.options import (
     TpOption,
     WithoutOption,
     bordered,
-    check_picture,
     dtypes,
     integers,
     seconds,
+    tell,
     words,
     write,
     write_picture,
 )
 from fusewise.errors import InputError
-from fusewise.profiles import store
+from fusewise.node import probe
+from fusewise.profiles import history, store
 from fusewise.profiles.plan import derive
 from fusewise.profiles.schema import Profile, Sample
 from fusewise.ranks.teams import Team, local_team, torchrun_team, under_torchrun
@@ -63,8 +66,11 @@ def tune(
     budget: Annotated[str, typer.Option("--budget", help="Time to measure: 90s, 2m.")] = "90s",
     without: WithoutOption = None,
     rounds: RoundsOption = ROUNDS,
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Directory for the profile.")
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Start anew; the old profile goes to the history.")
+    ] = False,
+    into: Annotated[
+        Path | None, typer.Option("--into", help="Folder to keep the profile in.")
     ] = None,
     plot: Annotated[Path | None, typer.Option(help="Also write the picture: .svg, .png.")] = None,
     fmt: FormatOption = "table",
@@ -73,38 +79,65 @@ def tune(
 
     Starts one rank per GPU (two CPU ranks without GPUs), or joins torchrun's:
     torchrun --nproc-per-node 8 -m fusewise tune. A provider that fails, crashes or hangs is left
-    out with its reason.
+    out with its reason. A profile of this very node is extended: what it lacks is measured first,
+    and what it had is kept.
     """
     # Before minutes are spent: whether their result can be written.
-    store.private_directory(output or store.user_dir())
-    if plot is not None:
-        check_picture(plot)
-    with _team(tp) as team:
-        for one in dtypes(dtype):
+    folder = into or store.user_dir()
+    history.private_directory(folder)
+    kinds = dtypes(dtype)
+    pictures = {one: picture_of(plot, one, kinds) for one in kinds} if plot is not None else {}
+    with alone(), _team(tp) as team:
+        made: list[Profile] = []
+        missed: list[str] = []
+        for one in kinds:
             settings = _settings(team, hidden, one, min_size, max_size, budget, rounds, without)
-            profile = _measure(team, settings)
-            if profile is None:
-                continue
-            plan = derive(profile)
-            prints = team.world is None or team.world.rank == 0
-            if prints:
-                write(report(profile, plan), fmt)
-            path = store.save(profile, output)
-            if not prints:
-                continue
-            typer.echo(f"fusewise: wrote {path}", err=True)
-            if plot is not None:
-                write_picture(profile, plan, plot)
+            with kept_so_far(made):
+                profile = _tuned(team, settings, folder, fresh, missed)
+            if profile is not None:
+                made.append(profile)
+        if not made or (team.world is not None and team.world.rank):
+            return
+        write([part for one in made for part in report(one, derive(one))], fmt)
+        for one, picture in pictures.items():
+            found = next(profile for profile in made if profile.dtype == one)
+            write_picture(found, derive(found), picture)
+        tell([*missed, *what_now(made[0], into)])
 
 
-def _measure(team: Team, settings: Settings) -> Profile | None:
+def _tuned(
+    team: Team, settings: Settings, folder: Path, fresh: bool, missed: list[str]
+) -> Profile | None:
+    """Measures one dtype and keeps it at once: a later one's failure must not lose it.
+
+    Adds to ``missed`` what the budget did not reach, in words.
+    """
     from fusewise.commands.progress import progress
     from fusewise.ranks.supervisor import terminated_like_interrupted
     from fusewise.tune.supervise import tune_everywhere
 
-    title = f"tune {settings.dtype}"
-    with terminated_like_interrupted(), progress(title) as listen:
-        return tune_everywhere(team, settings, listen)
+    kind = None if team.device == "cuda" else "cpu"
+    node = probe(team.world_size, nodes=team.hosts, device_type=kind)
+    known = None if fresh else store.kept_in(folder, node, settings.dtype)
+    with terminated_like_interrupted(), progress(f"tune {settings.dtype}") as listen:
+
+        def heard(event: dict[str, Any]) -> None:
+            if event["kind"] == "unreached":
+                missed.extend(unreached(event, settings))
+            listen(event)
+
+        measured = tune_everywhere(team, settings, heard, known)
+    if measured is None:
+        return None
+    if fresh:
+        path, profile = store.save(measured, folder), measured
+    else:
+        path, profile = store.extend(measured, folder)
+    if team.world is None or team.world.rank == 0:
+        extends = profile.provenance.extends
+        more = f", extending what was measured {extends}" if extends else ""
+        tell([f"wrote {path}{more}"])
+    return profile
 
 
 @bordered
@@ -126,7 +159,7 @@ def bench(
     with _team(tp) as team:
         one = parse_dtype(dtype)
         settings = _settings(team, hidden, one, min_size, max_size, "24h", rounds, without)
-        with terminated_like_interrupted(), progress("bench") as listen:
+        with alone(), terminated_like_interrupted(), progress("bench") as listen:
             found = bench_team(team, settings, listen)
         if found is not None:
             write([_bench_section(found, one, team.world_size)], fmt)

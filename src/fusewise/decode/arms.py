@@ -15,7 +15,7 @@ from fusewise.backends.registry import select
 from fusewise.engines.base import EngineSettings
 from fusewise.engines.cap import decide_cap
 from fusewise.errors import InputError
-from fusewise.operation import Op, all_reduce_of, backend_of
+from fusewise.operation import Op, all_reduce_of
 from fusewise.profiles.bands import Band, Origin, Plan, Table
 from fusewise.profiles.plan import decide_points, derive
 from fusewise.profiles.schema import Profile
@@ -82,23 +82,14 @@ def profile_without(profile: Profile, names: Sequence[str]) -> Profile:
     Raises:
         InputError: no path is one of theirs, or no path would be left.
     """
-    gone = select(names)
-    dropped = {path.name for path in profile.paths if backend_of(path.name) in gone}
-    kept = tuple(path for path in profile.paths if path.name not in dropped)
-    if not dropped or not kept:
+    smaller = profile.without(select(names))
+    if smaller is None or smaller is profile:
         raise InputError(
             "cannot leave that out of the profile",
             expected=f"some but not all of {', '.join(path.name for path in profile.paths)}",
             got=", ".join(names),
         )
-    return profile.model_copy(
-        update={
-            "paths": kept,
-            "samples": tuple(s for s in profile.samples if backend_of(s.path) not in gone),
-            "deltas": tuple(d for d in profile.deltas if not {d.fused, d.unfused} & dropped),
-            "crossovers": (),  # stated with those paths present
-        }
-    )
+    return smaller
 
 
 def _choices(

@@ -91,7 +91,7 @@ class Exclusion(_Record):
 
 
 class Provenance(_Record):
-    """Where the numbers come from."""
+    """Where the numbers come from. ``extends``: date of the profile whose points this one kept."""
 
     origin: Literal["measured", "published"]
     source: str = Field(min_length=1, max_length=2000)
@@ -99,6 +99,7 @@ class Provenance(_Record):
     fusewise: str = Field(min_length=1, max_length=40)
     method: str = Field(default="", max_length=2000)
     duration_s: float | None = Field(default=None, ge=0, allow_inf_nan=False)
+    extends: str | None = Field(default=None, min_length=1, max_length=40)
 
 
 class Profile(_Record):
@@ -163,6 +164,8 @@ class Profile(_Record):
     def without(self, backends: Collection[str]) -> Profile | None:
         """The same observations less those of some backends; None when nothing is left.
 
+        Crossovers that a publication states go too: they were stated with those paths present.
+
         Args:
             backends: backend ids, such as ``native.one_shot``.
         """
@@ -175,7 +178,12 @@ class Profile(_Record):
         paths = tuple(path for path in self.paths if path.name in names)
         deltas = tuple(d for d in self.deltas if {d.fused, d.unfused} <= names)
         return self.model_copy(
-            update={"samples": kept, "paths": paths or self.paths, "deltas": deltas}
+            update={
+                "samples": kept,
+                "paths": paths or self.paths,
+                "deltas": deltas,
+                "crossovers": (),
+            }
         )
 
     def points(self, op: Op = "all_reduce_rms_norm") -> dict[int, dict[Shape, dict[str, Sample]]]:

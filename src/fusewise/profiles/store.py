@@ -8,17 +8,13 @@ searching that is broken or of other hardware is passed over with a note, and se
 What of a profile counts on a node is ``match.py``'s business; ``strict`` passes over a profile of
 other versions.
 
-Writing is atomic and exclusive: private directory, lock, temporary file, fsync, rename.
+How they are written, and what becomes of the one that was there, is ``history.py``'s.
 """
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import os
 import stat
-import tempfile
-import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib import resources
@@ -28,9 +24,11 @@ from typing import Literal
 
 import platformdirs
 
-from fusewise.errors import InputError, ProfileError, StaleProfileError, UnavailableError
+from fusewise.errors import InputError, ProfileError, StaleProfileError
 from fusewise.node import HARDWARE, Fingerprint
+from fusewise.profiles import history
 from fusewise.profiles.match import as_it_counts, software_differences
+from fusewise.profiles.merge import differences, extended
 from fusewise.profiles.schema import MAX_PROFILE_BYTES, Profile, parse_profile, profile_file_name
 from fusewise.shape import DType
 
@@ -40,7 +38,6 @@ Level = Literal[
 ]  # fmt: skip
 
 TUNE_HINT = "Run `fusewise tune` on this node."
-_LOCK_TIMEOUT_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -181,88 +178,38 @@ def _candidates(
 
 
 def save(profile: Profile, folder: Path | None = None) -> Path:
-    """Writes a profile under its own name; the old one becomes ``.previous`` beside it.
+    """Writes a profile in place of the one of its name, which goes to the history.
 
     Raises:
-        UnavailableError: the directory is not ours, the target is a symlink, or another writer
-            held the lock for ten seconds.
+        UnavailableError: the directory is not ours, the target is a symlink, the disk is full, or
+            another writer held the lock for ten seconds.
     """
-    folder = folder or user_dir()
-    private_directory(folder)
-    target = folder / profile.file_name
-    with _locked(folder):
-        if target.is_symlink():
-            raise UnavailableError(
-                f"{target} is a symbolic link", hint="Remove it; profiles are regular files."
-            )
-        handle, temporary = tempfile.mkstemp(prefix=".writing-", dir=folder)
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(profile.to_json())
-                file.flush()
-                os.fsync(file.fileno())
-            _keep_previous(target)
-            Path(temporary).replace(target)
-        except OSError as error:
-            Path(temporary).unlink(missing_ok=True)
-            raise UnavailableError(f"cannot write {target}", got=str(error)) from error
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
-    return target
+    return history.replace(profile, folder or user_dir())
 
 
-def _keep_previous(target: Path) -> None:
-    """A second name for the profile that is about to be replaced: a narrow tune loses nothing."""
-    if target.exists():
-        kept = target.with_suffix(".previous")
-        kept.unlink(missing_ok=True)
-        os.link(target, kept)
+def extend(profile: Profile, folder: Path | None = None) -> tuple[Path, Profile]:
+    """Adds what was measured to the profile of the same node, versions and dtype; see ``save``.
 
-
-def private_directory(folder: Path) -> None:
-    """Makes sure that ``folder`` exists, is ours and that nobody else can write there.
-
-    Raises:
-        UnavailableError: it is not, or cannot be made.
+    Returns:
+        Where it is, and all that it now holds. Without such a profile, or with one that is broken
+        or of other versions (which goes to the history), that is the new one alone.
     """
-    try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        facts = folder.stat()
-    except OSError as error:
-        raise UnavailableError(
-            f"cannot keep profiles in {folder}",
-            got=str(error),
-            hint="Choose another with --output or FUSEWISE_HOME.",
-        ) from error
-    if facts.st_uid != os.geteuid() or facts.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        raise UnavailableError(
-            f"{folder} is not private",
-            expected="a directory of yours that nobody else can write",
-            got=f"owner {facts.st_uid}, mode {stat.S_IMODE(facts.st_mode):o}",
-            hint="Choose a directory of your own with --output or FUSEWISE_HOME.",
-        )
+    where = folder or user_dir()
+    history.private_directory(where)
+    with history.turn(where):
+        known = kept_in(where, profile.fingerprint, profile.dtype)
+        if known is not None and not differences(known, profile):
+            profile = extended(known, profile)
+        return history.put(profile, where), profile
 
 
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    handle = os.open(folder / ".lock", os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+def kept_in(folder: Path, node: Fingerprint, dtype: DType) -> Profile | None:
+    """The profile kept under this node's name, current or not; None without a readable one."""
+    path = folder / profile_file_name(node, dtype)
     try:
-        deadline = time.monotonic() + _LOCK_TIMEOUT_S
-        while True:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise UnavailableError(
-                        f"another process has held the lock of {folder} for {_LOCK_TIMEOUT_S:g} s",
-                        hint="Wait for the other tune to end, then run this again.",
-                    ) from None
-                time.sleep(0.05)
-        yield
-    finally:
-        os.close(handle)
+        return parse_profile(_read(path), str(path))
+    except ProfileError:
+        return None
 
 
 def _read(path: Path) -> str:

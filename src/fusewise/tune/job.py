@@ -15,9 +15,12 @@ from typing import TYPE_CHECKING, Any
 import fusewise
 from fusewise.backends.registry import baseline_id, ids_for, select
 from fusewise.errors import UnavailableError, VerificationError
+from fusewise.node import HARDWARE, SOFTWARE
 from fusewise.operation import Op, unfused_path
+from fusewise.profiles.match import as_it_counts
+from fusewise.profiles.merge import LEFT_OUT, extended
 from fusewise.profiles.plan import decide_points
-from fusewise.profiles.schema import Exclusion, Profile, Provenance, Sample
+from fusewise.profiles.schema import Exclusion, Profile, Provenance, Sample, parse_profile
 from fusewise.ranks.agreement import fingerprint_of
 from fusewise.ranks.group import Group
 from fusewise.shape import Shape
@@ -52,12 +55,20 @@ class Tune:
     candidates: list[Backend] = field(default_factory=list)
     excluded: dict[str, str] = field(default_factory=dict)
     samples: list[Sample] = field(default_factory=list)
+    known: Profile | None = None  # of this node, measured before; on rank 0 only
+    done: int = 0
+    planned: int = 0
     began_s: float = field(default_factory=time.monotonic)
 
     @property
     def baseline(self) -> str:
         """The path everything is compared with."""
         return unfused_path(baseline_id(self.node.device_type))
+
+    @property
+    def left_s(self) -> float:
+        """Of the budget; below zero once it is spent."""
+        return self.settings.budget_s - (time.monotonic() - self.began_s)
 
 
 def tune_rank(worker: Worker, request: dict[str, Any]) -> str | None:
@@ -67,6 +78,8 @@ def tune_rank(worker: Worker, request: dict[str, Any]) -> str | None:
     arena = Arena(group, settings.max_shape)
     tune = Tune(worker, group, settings, fingerprint_of(group), arena)
     tune.excluded |= request["excluded"]
+    if group.rank == 0:
+        tune.known = _same_node(tune, request.get("known"))
     _build(tune)
     _sweep(tune)
     # Closing is collective: after a failure this process simply ends, and takes its memory along.
@@ -79,7 +92,7 @@ def _build(tune: Tune) -> None:
     """Builds and examines every candidate; what fails on any rank is excluded on all."""
     settings, known = tune.settings, frozenset(tune.excluded)
     tune.excluded |= dict.fromkeys(
-        select(settings.without) & set(ids_for(tune.node.device_type)), "excluded by --without"
+        select(settings.without) & set(ids_for(tune.node.device_type)), LEFT_OUT
     )
     for backend_id, backend, failed in build_all(
         tune.worker, tune.group, tune.node, settings, known
@@ -105,7 +118,19 @@ def _exclude(tune: Tune, backend_id: str, reason: str) -> None:
     tune.worker.emit("excluded", backend=backend_id, reason=reason)
 
 
+def _same_node(tune: Tune, document: str | None) -> Profile | None:
+    """The profile to extend, if it is of this very node."""
+    if not document:
+        return None
+    known = parse_profile(document, "the profile to extend")
+    other = known.fingerprint.differences(tune.node, (*HARDWARE, *SOFTWARE))
+    if other or (known.dtype, known.baseline) != (tune.settings.dtype, tune.baseline):
+        return None
+    return as_it_counts(known, tune.node, "the profile to extend")[0]
+
+
 def _sweep(tune: Tune) -> None:
+    """What nobody measured yet, then between what differs, then the rest anew."""
     settings = tune.settings
     grid = coarse_order(
         settings.hidden_sizes, settings.min_bytes, settings.max_bytes, settings.dtype
@@ -113,32 +138,65 @@ def _sweep(tune: Tune) -> None:
     first = settings.hidden_sizes[0]
     todo: list[tuple[Op, Shape]] = [("all_reduce_rms_norm", shape) for shape in grid]
     todo += [("all_reduce", shape) for shape in grid if shape.hidden_size == first]
-    _measure(tune, todo)
+    samples = tune.known.samples if tune.known else ()
+    mine = [[s.op, s.num_tokens, s.hidden_size] for s in samples]
+    known = {tuple(point) for point in tune.group.broadcast("known", mine)}
+    again = [one for one in todo if _point(*one) in known]
+    fresh = [one for one in todo if one not in again]
+    tune.planned = len(todo)
+    _ = _measure(tune, fresh) and _bisect(tune) and _measure(tune, again)
+    reached = known | {(s.op, s.num_tokens, s.hidden_size) for s in tune.samples}
+    missed = [_point(*one) for one in todo if _point(*one) not in reached]
+    tune.worker.emit("unreached", points=missed, planned=len(todo))
+
+
+def _point(op: Op, shape: Shape) -> tuple[str, int, int]:
+    return op, shape.num_tokens, shape.hidden_size
+
+
+def _bisect(tune: Tune) -> bool:
+    """Narrows every change of winner; False once the budget is spent."""
     for _ in range(_BISECTIONS):
         shapes = [Shape(*shape) for shape in tune.group.broadcast("bisect", _midpoints(tune))]
-        if not shapes or not _measure(tune, [("all_reduce_rms_norm", s) for s in shapes]):
+        tune.planned += len(shapes)
+        if not shapes:
             break
+        if not _measure(tune, [("all_reduce_rms_norm", s) for s in shapes]):
+            return False
+    return True
 
 
 def _midpoints(tune: Tune) -> list[tuple[int, int, str]]:
-    if tune.group.rank:
+    if tune.group.rank or not (tune.samples or tune.known):
         return []
-    profile = _profile(tune)
+    profile = _profile(tune) if tune.samples else tune.known
+    assert profile is not None
+    if tune.known and tune.samples:
+        profile = extended(tune.known, profile)
     fused = {path.name: path.provider for path in profile.paths if path.fused}
-    shapes = next_shapes(decide_points(profile), fused)
-    return [(shape.num_tokens, shape.hidden_size, shape.dtype) for shape in shapes]
+    settings = tune.settings
+    return [
+        (shape.num_tokens, shape.hidden_size, shape.dtype)
+        for shape in next_shapes(decide_points(profile), fused)
+        if shape.hidden_size in settings.hidden_sizes
+        and settings.min_bytes <= shape.message_bytes <= settings.max_bytes
+    ]
 
 
 def _measure(tune: Tune, todo: Sequence[tuple[Op, Shape]]) -> bool:
     """Measures in order until done or the budget is spent; False once it is."""
-    for i, (op, shape) in enumerate(todo):
-        spent_s = time.monotonic() - tune.began_s
+    for op, shape in todo:
+        left_s = tune.left_s
         # Two points make a plan; without them there is nothing to report.
         enough = len({s.num_tokens for s in tune.samples}) >= 2
-        if tune.group.broadcast("budget", spent_s > tune.settings.budget_s and enough):
+        if tune.group.broadcast("budget", left_s < 0 and enough):
             return False
-        tune.worker.emit("progress", done=i, planned=len(todo), op=op, shape=str(shape))
+        tune.worker.emit(
+            "progress", done=tune.done, planned=tune.planned, op=op, shape=str(shape),
+            left_s=max(0.0, left_s),
+        )  # fmt: skip
         _measure_point(tune, op, shape)
+        tune.done += 1
     return True
 
 

@@ -25,8 +25,13 @@ _FROM_OUTSIDE = ("SIGKILL", "SIGTERM", "SIGINT", "SIGHUP")
 _SLACK_S = 900.0  # starting ranks and building kernels, beyond the measuring budget
 
 
-def tune_team(team: Team, settings: Settings, listen: Listener) -> Profile | None:
+def tune_team(
+    team: Team, settings: Settings, listen: Listener, known: Profile | None = None
+) -> Profile | None:
     """Measures one team; the profile where this process leads, None elsewhere.
+
+    Points that ``known`` has, if it is of this node, are measured last; they are not in the result
+    unless they were.
 
     A provider that crashes, spins or fails on any rank is excluded with its reason and the team
     starts again without it.
@@ -34,7 +39,7 @@ def tune_team(team: Team, settings: Settings, listen: Listener) -> Profile | Non
     Raises:
         RankError: ranks failed for a reason that is no provider's.
     """
-    document = _until_done(team, "fusewise.tune.job:tune_rank", settings, listen)
+    document = _until_done(team, "fusewise.tune.job:tune_rank", settings, listen, known)
     return parse_profile(document, "the measured profile") if team.leads else None
 
 
@@ -48,11 +53,17 @@ def bench_team(team: Team, settings: Settings, listen: Listener) -> list[tuple[S
     return [(Sample(**sample), wrong) for sample, wrong in rows] if team.leads else None
 
 
-def _until_done(team: Team, job: str, settings: Settings, listen: Listener) -> Any:
+def _until_done(
+    team: Team, job: str, settings: Settings, listen: Listener, known: Profile | None = None
+) -> Any:
     """Rank 0's result (None where another process has it) of the attempt that came through."""
     excluded: dict[str, str] = {}
     while True:
-        request = {"settings": asdict(settings), "excluded": excluded}
+        request = {
+            "settings": asdict(settings),
+            "excluded": excluded,
+            "known": known.to_json() if known else None,
+        }
         outcome = run_attempt(
             team, job, request, lambda rank, event: _forward(rank, event, listen),
             settings.timeout_s,
@@ -65,7 +76,7 @@ def _until_done(team: Team, job: str, settings: Settings, listen: Listener) -> A
 
 
 def _forward(rank: int, event: dict[str, Any], listen: Listener) -> None:
-    if rank == 0 and event["kind"] in ("progress", "excluded", "ready"):
+    if rank == 0 and event["kind"] in ("progress", "excluded", "ready", "unreached"):
         listen(event)
 
 
@@ -84,7 +95,9 @@ def _culprit(failure: Failure) -> str:
     return failure.provider
 
 
-def tune_everywhere(team: Team, settings: Settings, listen: Listener) -> Profile | None:
+def tune_everywhere(
+    team: Team, settings: Settings, listen: Listener, known: Profile | None = None
+) -> Profile | None:
     """Like ``tune_team`` on several torchrun nodes: one measurement per distinct fabric.
 
     Teams with equal fingerprints share the measurement of the first of them; every leader gets
@@ -94,7 +107,7 @@ def tune_everywhere(team: Team, settings: Settings, listen: Listener) -> Profile
         RankError: this team, or the one that measured for it, failed.
     """
     if team.world is None:
-        return tune_team(team, settings, listen)
+        return tune_team(team, settings, listen, known)
     kind = None if team.device == "cuda" else "cpu"
     mine = probe(team.world_size, nodes=team.hosts, device_type=kind).model_dump_json()
     marks = team.world.gather("fabric", mine)
@@ -102,7 +115,7 @@ def tune_everywhere(team: Team, settings: Settings, listen: Listener) -> Profile
     profile, failure = None, None
     if measures:
         try:
-            profile = tune_team(team, settings, listen)
+            profile = tune_team(team, settings, listen, known)
         except FusewiseError as error:
             failure = error
     team.world.timeout_s = settings.budget_s + _SLACK_S

@@ -6,18 +6,17 @@ and its digest is right. Anything else counts as absent and is compiled again. N
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import os
 import stat
-import tempfile
 import warnings
 from pathlib import Path
 
 import platformdirs
 
+from fusewise.profiles.private import OTHERS_ENTER, OTHERS_WRITE, why_not_private, write_whole
+
 _DIGEST_BYTES = hashlib.sha256().digest_size
-_PRIVATE = 0o700
 _MAX_CUBIN_BYTES = 64 * 2**20  # ours are near 20 KB
 
 
@@ -53,14 +52,9 @@ class CubinCache:
         """Stores a cubin; readers see the old file or the whole new one."""
         if not self._ready():
             return
-        handle, path = tempfile.mkstemp(dir=self.folder, prefix="new-")  # mode 0600
         try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(hashlib.sha256(cubin).digest() + cubin)
-            Path(path).replace(self._path(key))
+            write_whole(self._path(key), hashlib.sha256(cubin).digest() + cubin)
         except OSError as error:  # a full disk costs a compilation next time, nothing else
-            with contextlib.suppress(OSError):
-                Path(path).unlink()
             warnings.warn(f"compiled kernel not cached: {error}", RuntimeWarning, stacklevel=2)
 
     def _path(self, key: str) -> Path:
@@ -68,7 +62,7 @@ class CubinCache:
 
     def _ready(self) -> bool:
         if self._usable is None:
-            reason = _prepare(self.folder)
+            reason = why_not_private(self.folder, OTHERS_ENTER, follow=False)
             self._usable = reason is None
             if reason:
                 warnings.warn(
@@ -86,22 +80,10 @@ def default_folder() -> Path:
     return Path(root) / "cubins"
 
 
-def _prepare(folder: Path) -> str | None:
-    """Makes the folder; the reason why it cannot be used, or None."""
-    try:
-        folder.mkdir(mode=_PRIVATE, parents=True, exist_ok=True)
-        found = os.lstat(folder)
-    except OSError as error:
-        return f"cannot be made ({error.strerror})"
-    if not stat.S_ISDIR(found.st_mode):
-        return "is a symbolic link"
-    if found.st_uid != os.getuid():
-        return f"belongs to user {found.st_uid}"
-    if found.st_mode & 0o077:
-        return f"has mode {stat.S_IMODE(found.st_mode):o}, not {_PRIVATE:o}"
-    return None
-
-
 def _is_private_file(found: os.stat_result) -> bool:
     """Ours alone: a regular file of this user that nobody else may write."""
-    return stat.S_ISREG(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o022
+    return (
+        stat.S_ISREG(found.st_mode)
+        and found.st_uid == os.getuid()
+        and not (found.st_mode & OTHERS_WRITE)
+    )

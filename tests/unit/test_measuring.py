@@ -1,0 +1,76 @@
+"""One measurement at a time on a machine, and a word if others use it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from filelock import FileLock
+
+from fusewise.commands import measuring
+from fusewise.commands.after_tune import unreached, what_now
+from fusewise.errors import UnavailableError
+from fusewise.tune.settings import Settings
+from tests.samples import FUSED, UNFUSED, profile_of
+
+
+@pytest.fixture
+def lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    file = tmp_path / "measuring.lock"
+    monkeypatch.setenv("FUSEWISE_MEASURING_LOCK", str(file))
+    monkeypatch.setattr(measuring, "busy", list)
+    return file
+
+
+def test_a_second_measurement_waits_names_the_first_and_then_gives_up(
+    lock: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(measuring, "_WAIT_S", 0.1)
+    with (
+        FileLock(lock),
+        pytest.raises(UnavailableError, match=f"process {os.getpid()}"),
+        measuring.alone(),
+    ):
+        raise AssertionError("the lock is held")
+    assert "another fusewise" in capsys.readouterr().err
+    with measuring.alone():
+        pass
+    assert capsys.readouterr().err == ""
+
+
+def test_other_users_may_take_the_same_lock(lock: Path) -> None:
+    with measuring.alone():
+        assert lock.stat().st_mode & 0o777 == 0o666
+
+
+def test_a_lock_that_cannot_be_made_names_the_variable(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("FUSEWISE_MEASURING_LOCK", "/proc/none/lock")
+    with pytest.raises(UnavailableError, match="FUSEWISE_MEASURING_LOCK"), measuring.alone():
+        pass
+
+
+@pytest.mark.parametrize(("busy", "said"), [(19, 0), (21, 1)])
+def test_a_busy_machine_is_said(busy: int, said: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    ticks = iter([[0] * 8, [busy, 0, 0, 100 - busy, 0, 0, 0, 0]])
+    monkeypatch.setattr(measuring, "_cpu_ticks", lambda: next(ticks))
+    monkeypatch.setattr(measuring, "_busy_gpus", list)
+    assert len(measuring.busy()) == said
+
+
+def test_what_was_not_reached_is_said_by_size() -> None:
+    settings = Settings("bfloat16", (64,), 128, 2**20, 2.0)
+    points = [["all_reduce", 2**i, 64] for i in range(10)]
+    lines = unreached({"points": points, "planned": 12}, settings)
+    assert "2 of 12 points" in lines[0]
+    assert lines[1].strip().startswith("all_reduce at hidden 64: 128B, 256B, 512B, 1K")
+    assert lines[1].endswith("and 2 more")
+    assert unreached({"points": [], "planned": 12}, settings) == []
+
+
+def test_what_to_do_now_is_three_lines_and_names_a_profile_kept_elsewhere(tmp_path: Path) -> None:
+    profile = profile_of({1: {FUSED: 5.0, UNFUSED: 8.0}})
+    assert len(what_now(profile, None)) == 3
+    assert all(str(tmp_path) in line for line in what_now(profile, tmp_path)[:2])
