@@ -3,6 +3,8 @@
     python tests/vllm_sources.py            # the two versions the plugin is run against
     python tests/vllm_sources.py --all      # every release whose seams are recorded
     python tests/vllm_sources.py --record   # writes tests/data/vllm_seams.json anew from --all
+    python tests/vllm_sources.py --add 0.34.0   # fetches a new release, records it, prints what
+                                            # of its tables and seams differs from the newest's
 
 A wheel is some 300 MB, of which the sources kept under .cache/vllm-sources are a tenth; it is
 removed once unpacked. Released wheels do not change, so what was unpacked once stays.
@@ -33,6 +35,7 @@ RELEASES = (
 DOWNLOAD_TIMEOUT_S = 600
 
 _COMMUNICATORS = "distributed/device_communicators"
+_HAND_FUSED = "model_executor/layers/fused_allreduce_gemma_rms_norm.py"
 _FUSION = "compilation/passes/fusion/allreduce_rms_fusion.py"
 # Our name in engines/vllm/tables.py → where vLLM keeps it.
 TABLES = {
@@ -93,7 +96,54 @@ def facts(package: Path, seams: dict[str, str]) -> dict[str, Any]:
         "prefers_mnnvl": "allow_trtllm_fallback"
         in (package / _COMMUNICATORS / "flashinfer_all_reduce.py").read_text("utf-8"),
         "fused_call": _fused_call(package / _FUSION),
+        "invariant_is_plain": "not envs.VLLM_BATCH_INVARIANT"
+        in (package / _COMMUNICATORS / "cuda_communicator.py").read_text("utf-8").split("def ")[1],
+        "hand_fused": (package / _HAND_FUSED).exists(),
+        "has_pcie_ipc": "FLASHINFER_PCIE_IPC" in (package / "envs.py").read_text("utf-8"),
+        "copies_to_ray": "VLLM_RAY_EXTRA_ENV_VAR_PREFIXES_TO_COPY"
+        in (package / "envs.py").read_text("utf-8"),
+        "pins": _pins(package.parent),
     }
+
+
+def _pins(folder: Path) -> dict[str, str]:
+    """The versions a wheel insists on: torch's and FlashInfer's."""
+    (metadata,) = folder.glob("vllm-*.dist-info/METADATA")
+    found = re.findall(
+        r"^Requires-Dist: (torch|flashinfer-python)==([^;\s]+)", metadata.read_text("utf-8"), re.M
+    )
+    return dict(found)
+
+
+def differences(old: Any, new: Any, place: str = "") -> list[str]:
+    """One line per value that differs between two releases' facts."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = dict.fromkeys([*old, *new])
+        inner = (differences(old.get(k), new.get(k), f"{place}.{k}".lstrip(".")) for k in keys)
+        return [line for lines in inner for line in lines]
+    return [] if old == new else [f"{place}: {old} -> {new}"]
+
+
+def add(version: str) -> int:
+    """Records one more release and prints what somebody must put into ``tables.py``."""
+    fetch(version)
+    known = json.loads(RECORD.read_text("utf-8"))
+    newest = list(known)[-1]
+    found = facts(FOLDER / version / "vllm", seam_places())
+    changed = differences(known[newest], found)
+    write({**known, version: found})
+    minor = ".".join(version.split(".")[:2])
+    print(f"vLLM {version} against {newest}:", *(changed or ["nothing differs"]), sep="\n  ")
+    print(f'tables.py: "{minor}": replace(TABLES[...], read_in="{version}", ...what differs above)')
+    moved = [line for line in changed if line.startswith(("seams", "fused_call"))]
+    return 1 if moved else 0
+
+
+def write(record: dict[str, Any]) -> None:
+    """The record's file, a release a line."""
+    lines = [f' "{version}": {json.dumps(entry)}' for version, entry in record.items()]
+    RECORD.parent.mkdir(exist_ok=True)
+    RECORD.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
 
 
 def _signature(package: Path, place: str) -> list[str] | str | None:
@@ -174,16 +224,17 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--all", action="store_true", help="every release with recorded seams")
     parser.add_argument("--record", action="store_true", help="write the record of all anew")
+    parser.add_argument("--add", metavar="VERSION", help="record a new release, print its diff")
     asked = parser.parse_args()
+    if asked.add:
+        return add(asked.add)
     for version in RELEASES if asked.all or asked.record else RUN_AGAINST:
         try:
             fetch(version)
         except (subprocess.SubprocessError, OSError) as error:
             print(f"vLLM {version} could not be fetched, its tests will be skipped: {error}")
     if asked.record:
-        RECORD.parent.mkdir(exist_ok=True)
-        lines = [f' "{version}": {json.dumps(entry)}' for version, entry in record().items()]
-        RECORD.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
+        write(record())
     return 0
 
 

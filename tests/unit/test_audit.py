@@ -18,7 +18,7 @@ from fusewise.node import Fingerprint
 from fusewise.profiles.schema import PathRecord, Profile, Provenance, Sample
 from fusewise.profiles.store import load
 
-SEED = VllmSettings(version="0.33", sm=90, world_size=8, multicast=True)
+SEED = VllmSettings("0.33", 90, 8, multicast=True, flashinfer_backend="trtllm")
 MIB = 2**20
 
 
@@ -96,11 +96,33 @@ def test_explain_names_both_paths_and_the_level(seed: Profile) -> None:
 def test_notes_say_what_the_numbers_leave_out(seed: Profile) -> None:
     new = " ".join(audit(seed, SEED).notes)
     old = " ".join(audit(seed, replace(SEED, version="0.22")).notes)
-    assert "mnnvl" in new
+    assert "about FlashInfer's trtllm backend" in new
     assert "VLLM_ALLREDUCE_USE_FLASHINFER=0" in new
     assert "mnnvl" not in old
     assert "VLLM_ALLREDUCE_USE_FLASHINFER" not in old
     assert "otherwise" in " ".join(audit(seed, replace(SEED, multicast=False)).notes)
+
+
+def test_times_of_trtllm_do_not_decide_about_mnnvl(seed: Profile) -> None:
+    """From 0.25 on, where multicast works, vLLM fuses with another kernel than was measured."""
+    auto = replace(SEED, flashinfer_backend="auto")
+    result = audit(seed, auto)
+    assert (result.cap.cap_bytes, result.cap.level) == (524288, "engine default")
+    assert {row.fused_path for row in result.rows} == {"flashinfer.mnnvl"}
+    assert {row.verdict for row in result.rows} == {"not measured"}
+    assert (result.bands, result.best_cap_bytes) == ((), None)
+    assert "no times of mnnvl" in " ".join(result.notes)
+    renamed = [
+        s.model_copy(update={"path": "flashinfer.mnnvl"}) if s.path == "flashinfer.one_shot" else s
+        for s in seed.samples
+    ]
+    record = seed.path("flashinfer.one_shot").model_copy(update={"name": "flashinfer.mnnvl"})
+    measured = seed.model_copy(
+        update={"samples": tuple(renamed), "paths": (*seed.paths, record), "deltas": ()}
+    )
+    assert decide_cap(measured, auto).cap_bytes == 262144
+    assert decide_cap(measured, SEED).level == "rule"
+    assert "no times of mnnvl" not in " ".join(audit(measured, auto).notes)
 
 
 def test_records_are_plain_json(seed: Profile) -> None:

@@ -19,7 +19,7 @@ from fusewise.tune.settings import Settings
 from tests.samples import FUSED, UNFUSED, profile_of
 
 SEED = ("--profile", "nvidia-h200-tp8")
-VLLM = ("--engine", "vllm", "--version", "0.33", *SEED)
+VLLM = ("--engine", "vllm", "--version", "0.33", "--flashinfer-backend", "trtllm", *SEED)
 
 
 @pytest.fixture(autouse=True)

@@ -69,7 +69,7 @@ class ToySettings(EngineSettings):
     def environment(self, cap_bytes):
         return None
 
-    def notes(self):
+    def notes(self, measured=()):
         return ["A toy."]
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from fusewise.engines.vllm.dispatch import VllmSettings, field_mb
-from fusewise.engines.vllm.tables import tables_of
+from fusewise.engines.vllm.tables import known_version, tables_of
 from fusewise.errors import InputError
 from fusewise.shape import parse_size
 
@@ -16,7 +16,8 @@ KIB, MIB = 2**10, 2**20
 
 
 def settings(**changes: Any) -> VllmSettings:
-    seed = VllmSettings(version="0.33", sm=90, world_size=8, multicast=True)
+    """The seed's node, asked about trtllm: what vLLM fuses with by itself up to 0.24."""
+    seed = VllmSettings("0.33", 90, 8, multicast=True, flashinfer_backend="trtllm")
     return replace(seed, **changes)
 
 
@@ -120,7 +121,7 @@ def test_flashinfer_before_or_behind_nccl_symmetric_memory() -> None:
 
 
 def test_plain_mnnvl_has_a_size_of_its_own_on_blackwell() -> None:
-    blackwell = settings(sm=100)
+    blackwell = settings(sm=100, flashinfer_backend="auto")
     assert blackwell.displaced_choice(128 * MIB) == "flashinfer + rms_norm"
     assert blackwell.displaced_choice(128 * MIB + 16) == "nccl + rms_norm"
     without = replace(blackwell, multicast=False)
@@ -128,10 +129,49 @@ def test_plain_mnnvl_has_a_size_of_its_own_on_blackwell() -> None:
 
 
 def test_fused_backend_follows_version_multicast_and_choice() -> None:
-    assert settings(version="0.24").fused_backend == "trtllm"
-    assert settings(version="0.25").fused_backend == "mnnvl"
-    assert settings(multicast=False).fused_backend == "trtllm"
-    assert settings(flashinfer_backend="trtllm").fused_backend == "trtllm"
+    auto = settings(flashinfer_backend="auto")
+    assert replace(auto, version="0.24").fused_backend == "trtllm"
+    assert replace(auto, version="0.25").fused_backend == "mnnvl"
+    assert replace(auto, multicast=False).fused_backend == "trtllm"
+    assert settings().fused_backend == "trtllm"
+    assert auto.fused_choice(4096) == auto.fused_choice(2**30) == "flashinfer.mnnvl"
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"nccl_symm_mem": True}, {"sm": 100, "nccl_symm_mem": True}]
+)
+def test_the_rule_says_nothing_about_mnnvl(changes: dict[str, Any]) -> None:
+    auto = settings(flashinfer_backend="auto", **changes)
+    assert auto.rule() == replace(auto.rule(), cap_bytes=auto.cap_bytes(), lowered=False)
+    assert "mnnvl" in auto.rule().why
+    assert settings(nccl_symm_mem=True).rule().lowered
+
+
+def test_the_rule_names_only_what_would_run() -> None:
+    """NCCL's symmetric memory is switched on, and another all-reduce is asked before it."""
+    pcie = settings(nccl_symm_mem=True, pcie_ipc=True, flashinfer_all_reduce=True)
+    assert pcie.rule().cap_bytes == 131072  # NCCL's is asked first
+    without = settings(pcie_ipc=True)
+    assert without.displaced_choice(262144) == "flashinfer_pcie_ipc + rms_norm"
+    assert not without.rule().lowered
+    assert settings(pcie_ipc=True, version="0.29").rule().lowered  # not there yet
+
+
+def test_a_tuned_plain_flashinfer_is_never_switched_off() -> None:
+    """vLLM keeps a size of its own for it: neither the rule nor the advice may take it away."""
+    tuned = settings(sm=100, nccl_symm_mem=True, flashinfer_backend="mnnvl")
+    assert tuned.displaced_choice(131072) == "flashinfer + rms_norm"
+    assert not tuned.rule().lowered
+    assert tuned.environment(131072) is None
+    assert settings(sm=100).environment(131072) == "VLLM_ALLREDUCE_USE_FLASHINFER=0"
+
+
+def test_batch_invariance_as_vllm_reads_it() -> None:
+    """From 0.29 on it turns fusion and plain FlashInfer off; before it left both."""
+    new, old = (settings(version=v, batch_invariant=True) for v in ("0.29", "0.28"))
+    assert (new.cap_bytes(), new.flashinfer_active) == (None, False)
+    assert old.cap_bytes() == 524288
+    assert not new.rule().lowered
 
 
 def test_custom_limit_and_symmetric_memory_gates() -> None:
@@ -189,6 +229,17 @@ def test_unknown_versions_name_the_known_ones(version: str) -> None:
 def test_unknown_version_suggests_the_nearest() -> None:
     with pytest.raises(InputError, match=r"nearest known one is 0\.3\d"):
         tables_of("0.34.0")
+
+
+def test_a_newer_release_takes_the_newest_tables_with_a_warning() -> None:
+    assert known_version("0.22.1") == ("0.22.1", None)
+    version, warning = known_version("0.34.0")
+    assert version == "0.33"
+    assert warning is not None and "0.34.0 was not read" in warning
+    assert known_version("1.0.0rc1")[0] == "0.33"
+    for bad in ("0.19.2", "0.1.dev1916", "latest"):
+        with pytest.raises(InputError, match="unknown vLLM version"):
+            known_version(bad)
 
 
 @pytest.mark.parametrize("changes", [{"world_size": 0}, {"sm": 9}])

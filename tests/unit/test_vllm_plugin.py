@@ -26,6 +26,9 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     "seed": {},
     "seed, hidden 4096": {"hidden_size": 4096},
     "seed, hidden 7168": {"hidden_size": 7168},
+    "as it comes": {"environ": {"VLLM_FLASHINFER_ALLREDUCE_BACKEND": "auto"}},
+    "as it comes, nccl": {"environ": {"VLLM_FLASHINFER_ALLREDUCE_BACKEND": "auto",
+                                      "VLLM_USE_NCCL_SYMM_MEM": "1"}},
     "no multicast": {"multicast": False},
     "nccl symmetric memory": NCCL_ON,
     "nccl symmetric memory, no multicast": {**NCCL_ON, "multicast": False},
@@ -116,7 +119,9 @@ def outcome(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     for scenario in SCENARIOS.values():
         entry = {**scenario}
         home = homes.get(str(entry.get("profile")), str(folder / "empty"))
-        entry["environ"] = {"FUSEWISE_HOME": home, **entry.get("environ", {})}
+        # Both versions are asked about the kernels the profiles hold.
+        fixed = {"FUSEWISE_HOME": home, "VLLM_FLASHINFER_ALLREDUCE_BACKEND": "trtllm"}
+        entry["environ"] = fixed | entry.get("environ", {})
         asked.append(entry)
     path = os.pathsep.join([str(SOURCES / version), str(TESTS.parent / "src")])
     done = subprocess.run(
@@ -157,9 +162,23 @@ def test_the_log_names_old_new_reason_and_profile(outcome: Any) -> None:
     (line,) = outcome["seed"]["log"]
     for words in ("512K -> 256K", "1.87 µs", "multimem", "packaged profile nvidia-h200-tp8"):
         assert words in line
-    assert ("mnnvl" in line) == (outcome["version"] == "0.33.0")
     assert "stays 512K" in outcome["no multicast"]["log"][0]
     assert "by rule" in outcome["nccl symmetric memory"]["log"][0]
+
+
+@pytest.mark.parametrize(
+    ("name", "measured"), [("as it comes", 262144), ("as it comes, nccl", 131072)]
+)
+def test_times_of_trtllm_do_not_decide_where_vllm_fuses_with_mnnvl(
+    outcome: Any, name: str, measured: int
+) -> None:
+    """0.33 does where multicast works; neither profile nor rule lowers that cap."""
+    result = outcome[name]
+    (line,) = result["log"]
+    mnnvl = outcome["version"] == "0.33.0"
+    assert result["cap_bytes"] == (524288 if mnnvl else measured)
+    assert result["plain_flashinfer_mb"] == result["cap_bytes"] / MIB
+    assert ("mnnvl, not measured" in line) == mnnvl
 
 
 def test_a_users_setting_wins_and_is_named(outcome: Any) -> None:

@@ -16,8 +16,7 @@ from typing import Any
 import pytest
 
 from fusewise.engines.vllm import seams as vllm_seams
-from fusewise.engines.vllm.dispatch import tables_of
-from fusewise.engines.vllm.tables import TABLES, Tables
+from fusewise.engines.vllm.tables import TABLES, Tables, tables_of
 from tests import vllm_sources
 
 TESTS = Path(__file__).resolve().parents[1]
@@ -71,7 +70,8 @@ def test_our_tables_are_vllms(version: str) -> None:
     multimem = {int(k.replace(".", "")): tuple(v) for k, v in theirs["multimem"].items()}
     assert multimem == ours.multimem_world_sizes
     assert theirs["flashinfer_default"] is ours.flashinfer_default
-    assert RECORD[version]["prefers_mnnvl"] is ours.prefers_mnnvl
+    for name in ("prefers_mnnvl", "invariant_is_plain", "hand_fused", "has_pcie_ipc"):
+        assert RECORD[version][name] is getattr(ours, name), name
     assert RECORD[version]["dispatch"] == list(ours.dispatch)[:-1]
     _same_nccl_and_mnnvl(theirs, ours)
 
@@ -96,6 +96,17 @@ def test_the_record_is_what_the_wheel_says(version: str) -> None:
     if folder is None:
         pytest.skip(f"vLLM {version} is not unpacked: python tests/vllm_sources.py --all")
     assert vllm_sources.facts(folder / "vllm", vllm_sources.seam_places()) == RECORD[version]
+
+
+def test_differences_between_two_releases_are_named_one_by_one() -> None:
+    """What ``--add`` prints for a release nobody has put into the tables yet."""
+    old = {"tables": {"fusion": {"90": {"8": 0.5}}}, "dispatch": ["custom"], "gone": 1}
+    new = {"tables": {"fusion": {"90": {"8": 1, "16": 2}}}, "dispatch": ["custom"], "came": 2}
+    assert vllm_sources.differences(old, new) == [
+        "tables.fusion.90.8: 0.5 -> 1", "tables.fusion.90.16: None -> 2",
+        "gone: 1 -> None", "came: None -> 2",
+    ]  # fmt: skip
+    assert vllm_sources.differences(RECORD["0.33.0"], RECORD["0.33.0"]) == []
 
 
 @pytest.fixture

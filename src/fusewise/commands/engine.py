@@ -81,7 +81,8 @@ def audit(question: Question, hidden: HiddenOption = None, fmt: FormatOption = "
 
 
 def _summary(result: auditing.Audit, where: str, question: Question) -> list[dict[str, object]]:
-    bands = [str(band) for band in result.bands] or ["none"]
+    compared = any(row.delta_us is not None for row in result.rows)
+    bands = [str(band) for band in result.bands] or ["none" if compared else "unknown"]
     best = result.best_cap_bytes
     facts: list[tuple[str, object]] = [
         ("engine", f"{question.engine_name} {result.version}"),

@@ -21,7 +21,7 @@ from fusewise.commands.options import (
     TpOption,
 )
 from fusewise.engines import registry
-from fusewise.engines.base import Engine, EngineSettings
+from fusewise.engines.base import Engine, EngineSettings, FlagValue
 from fusewise.engines.cap import CapDecision, ExplicitCap, decide_cap
 from fusewise.engines.plugin import explicit_cap
 from fusewise.errors import InputError
@@ -56,7 +56,7 @@ class Question:
         str | None, typer.Option("--cap", help="An explicit cap; wins over everything.")
     ] = None
     strict: StrictOption = None
-    own: Mapping[str, bool] = field(default_factory=dict)
+    own: Mapping[str, FlagValue] = field(default_factory=dict)
 
     def settings(self, node: Fingerprint) -> EngineSettings:
         """The engine on that node; its environment is not this process's, flags say all.
@@ -83,6 +83,11 @@ class Question:
         if others:
             names = ", ".join(name.replace("_", "-") for name in others)
             raise InputError(f"{engine.name} has no option --{names}")
+        for flag in engine.flags:
+            value = self.own.get(flag.name)
+            if flag.values and value is not None and value not in flag.values:
+                known = " or ".join(flag.values)
+                raise InputError(flag.declaration, expected=known, got=repr(value))
 
     def decide(self, found: Resolution, settings: EngineSettings) -> CapDecision:
         """The cap, with the level that answered."""
@@ -106,8 +111,9 @@ def asks(command: Command) -> Command:
     shared = {one.name: (one.default, kinds[one.name]) for one in fields(Question)}
     del shared["own"]
     own = {
-        name: (None, Annotated[bool | None, typer.Option(flag.declaration, help=flag.help)])
+        name: (None, Annotated[kind, typer.Option(flag.declaration, help=flag.help)])
         for name, flag in registry.flags().items()
+        for kind in [str | None if flag.values else bool | None]
     }
     keyword = inspect.Parameter.KEYWORD_ONLY
     options = [

@@ -36,6 +36,7 @@ from fusewise.engines.plugin import explicit_cap, mode
 from fusewise.engines.vllm.dispatch import VllmSettings
 from fusewise.engines.vllm.engine import settings_on
 from fusewise.engines.vllm.patch import TABLE_FILE, evidence, table_patch
+from fusewise.engines.vllm.tables import known_version
 from fusewise.errors import InputError
 from fusewise.node import Fingerprint
 from fusewise.profiles.store import Resolution
@@ -100,12 +101,19 @@ def check(
 
 
 def _version(asked: str | None) -> str:
+    """The version whose tables stand for vLLM's, said where it is another.
+
+    Raises:
+        InputError: vLLM is not installed and none was named, or nothing is known of it.
+    """
     try:
-        return asked or importlib.metadata.version("vllm")
+        known, warning = known_version(asked or importlib.metadata.version("vllm"))
     except importlib.metadata.PackageNotFoundError:
         raise InputError(
             "vLLM is not installed here", hint="Pass --version, such as --version 0.33."
         ) from None
+    tell([warning] if warning else [])
+    return known
 
 
 def _token_cap(found: Resolution, settings: VllmSettings, hidden_size: int) -> dict[str, object]:

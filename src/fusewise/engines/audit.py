@@ -125,7 +125,11 @@ def audit(
     decision = decide()
     named = sorted(set(hidden_sizes)) or _hidden_sizes(profile)
     decided = [(hidden_size, decide(hidden_size=hidden_size)) for hidden_size in named]
-    bests = [safe_size(column) for column in against_best(profile, settings).values() if column]
+    bests = [
+        safe_size(column)
+        for column in against_best(profile, settings).values()
+        if any(comparison.outcome != "not measured" for comparison in column)
+    ]
     cap = decision.cap_bytes
     return Audit(
         version=settings.version,
@@ -244,7 +248,7 @@ def _notes(profile: Profile, settings: EngineSettings) -> list[str]:
     if profile.fingerprint.multicast != settings.multicast:
         has = "with" if profile.fingerprint.multicast else "without"
         notes.append(f"The profile was measured {has} multicast; the question assumes otherwise.")
-    notes += settings.notes()
+    notes += settings.notes({path.name for path in profile.paths})
     stated = [c.hidden_size for c in profile.crossovers]
     if stated:
         sizes = {format_size(c.message_bytes) for c in profile.crossovers}

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib.metadata
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 from fusewise.node import Fingerprint
@@ -18,6 +18,9 @@ from fusewise.shape import ELEMENT_BYTES, DType, format_size, tokens_at
 # What a token threshold is shown at where nobody names a hidden size; the smallest of them stands
 # for all where one number is wanted.
 HIDDEN_SIZES = (2048, 4096, 7168)
+
+
+FlagValue = bool | str
 
 
 @dataclass(frozen=True)
@@ -50,17 +53,19 @@ class RuleCap:
 
 @dataclass(frozen=True)
 class Flag:
-    """One option of an engine's own on our command line: on, off, or not given.
+    """One option of an engine's own on our command line: on, off, or not given; or one of few.
 
     Args:
         name: its key in the flags that ``Engine.settings`` receives.
         declaration: as typer takes it: ``--symm-mem/--no-symm-mem``.
         help: one line.
+        values: what it takes; none for a switch.
     """
 
     name: str
     declaration: str
     help: str
+    values: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -119,8 +124,11 @@ class EngineSettings(ABC):
         """The environment variable needed beside the flag, or None."""
 
     @abstractmethod
-    def notes(self) -> list[str]:
-        """What a reader of its audit must know beside the numbers, one sentence or two each."""
+    def notes(self, measured: Collection[str] = ()) -> list[str]:
+        """What a reader of its audit must know beside the numbers, one sentence or two each.
+
+        ``measured``: the names of the profile's paths.
+        """
 
     def max_tokens(self, cap_bytes: int, hidden_size: int) -> int:
         """The largest number of tokens within a cap."""
@@ -146,7 +154,7 @@ class Engine:
     distribution: str
     versions: tuple[str, ...]
     settings: Callable[
-        [str, Fingerprint, DType, Mapping[str, str], Mapping[str, bool]], EngineSettings
+        [str, Fingerprint, DType, Mapping[str, str], Mapping[str, FlagValue]], EngineSettings
     ]
     flags: tuple[Flag, ...] = ()
 

@@ -8,6 +8,7 @@ takes over. The numbers are ``tables.py``'s; nothing here probes a node.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -23,6 +24,7 @@ from fusewise.errors import InputError
 from fusewise.operation import unfused_path
 from fusewise.shape import format_size
 
+MNNVL = "flashinfer.mnnvl"
 FlashInferBackend = Literal["auto", "trtllm", "mnnvl"]
 
 
@@ -40,6 +42,8 @@ class VllmSettings(EngineSettings):
         flashinfer_backend: ``VLLM_FLASHINFER_ALLREDUCE_BACKEND``.
         custom_all_reduce: False with ``--disable-custom-all-reduce``.
         fully_connected: every pair of GPUs has NVLink.
+        batch_invariant: ``VLLM_BATCH_INVARIANT``.
+        pcie_ipc: ``VLLM_ALLREDUCE_USE_FLASHINFER_PCIE_IPC``.
 
     Raises:
         InputError: the version is not one whose sources were read, or a number is out of range.
@@ -51,6 +55,8 @@ class VllmSettings(EngineSettings):
     flashinfer_backend: FlashInferBackend = "auto"
     custom_all_reduce: bool = True
     fully_connected: bool = True
+    batch_invariant: bool = False
+    pcie_ipc: bool = False
     tables: Tables = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -65,15 +71,19 @@ class VllmSettings(EngineSettings):
     @property
     def threshold(self) -> Threshold | None:
         """vLLM's own table: a size, whatever the hidden size."""
+        if self.batch_invariant and self.tables.invariant_is_plain:
+            return None
         size = self.tables.fusion_max_bytes.get(self.sm, {}).get(self.world_size)
         return None if size is None else Threshold(message_bytes=size)
 
     def fused_choice(self, message_bytes: int, hidden_size: int = 0) -> str:
-        """The fused kernel vLLM runs: one-shot up to and including its limit, two-shot above.
+        """The fused kernel vLLM runs.
 
-        With FlashInfer's ``mnnvl`` backend (``fused_backend``) FlashInfer chooses by itself; this
-        names what the ``trtllm`` backend runs, which is what profiles hold.
+        FlashInfer's ``mnnvl`` backend chooses between its strategies by itself: one path. With
+        ``trtllm`` it is one-shot up to and including vLLM's limit, two-shot above.
         """
+        if self.fused_backend == "mnnvl":
+            return MNNVL
         limit = self.tables.one_shot_max_bytes.get(self.sm, {}).get(self.world_size)
         one_shot = limit is None or message_bytes <= limit
         return "flashinfer.one_shot" if one_shot else "flashinfer.two_shot"
@@ -88,6 +98,8 @@ class VllmSettings(EngineSettings):
     @property
     def flashinfer_active(self) -> bool:
         """Whether FlashInfer's plain all-reduce is asked at all for unfused messages."""
+        if self.batch_invariant and self.tables.invariant_is_plain:
+            return False
         if self.flashinfer_all_reduce is None:
             return self.tables.flashinfer_default
         return self.flashinfer_all_reduce
@@ -117,6 +129,9 @@ class VllmSettings(EngineSettings):
             "nccl": True,
         }
         backend = next(name for name in self.tables.dispatch if takes[name])
+        # Asked behind NCCL's symmetric memory and before FlashInfer's plain all-reduce.
+        if backend != "nccl_symm" and self.pcie_ipc and self.tables.has_pcie_ipc:
+            backend = "flashinfer_pcie_ipc"
         if backend == "symm_mem":
             backend = "multimem" if self._multimem else "symm_mem.two_shot"
         return unfused_path(backend)
@@ -182,15 +197,21 @@ class VllmSettings(EngineSettings):
         cap = self.cap_bytes()
         if cap is None:
             return RuleCap(None, False, f"vLLM {self.tables.read_in} does not fuse here")
-        takeovers: list[tuple[int, str]] = []
+        if self.fused_backend == "mnnvl":
+            return RuleCap(
+                cap, False, "it fuses with FlashInfer's mnnvl, not measured on this node"
+            )
+        takeovers: list[tuple[int, str, str]] = []
         bounds = (self.tables.nccl_symm_ranges or {}).get(self.world_size)
         if self.nccl_symm_mem and bounds is not None:
-            takeovers.append((bounds[1], "NCCL symmetric memory"))
+            takeovers.append((bounds[1], "NCCL symmetric memory", "nccl_symm"))
         if self.symm_mem_active and self._multimem:
-            takeovers.append((self._custom_beside_symm_mem, "multimem"))
-        if not takeovers:
+            takeovers.append((self._custom_beside_symm_mem, "multimem", "multimem"))
+        # Only where the dispatch would really come to it: others may be asked before.
+        runs = [t for t in takeovers if self.displaced_choice(t[0]) == unfused_path(t[2])]
+        if not runs:
             return RuleCap(cap, False, "no faster all-reduce takes over below the engine's cap")
-        size, name = min(takeovers)
+        size, name, _ = min(runs)
         takes = f"{name} takes over at {format_size(size)}"
         if size >= cap:
             return RuleCap(cap, False, f"{takes}, not below the cap")
@@ -210,27 +231,43 @@ class VllmSettings(EngineSettings):
         """The environment variable the flag needs beside it, or None.
 
         FlashInfer's plain all-reduce reads the table, not the field: where it is on, it would take
-        the messages that the flag sends away from the fused kernel.
+        the messages that the flag sends away from the fused kernel. Where vLLM holds a tuned size
+        of its own for it, it is meant to, and stays.
         """
         cap = self.cap_bytes()
-        if self.flashinfer_active and cap is not None and cap_bytes < cap:
+        if not self.flashinfer_active or self._mnnvl_limit:
+            return None
+        if cap is not None and cap_bytes < cap:
             return "VLLM_ALLREDUCE_USE_FLASHINFER=0"
         return None
 
-    def notes(self) -> list[str]:
-        """About FlashInfer: its backend, and its plain all-reduce."""
+    def notes(self, measured: Collection[str] = ()) -> list[str]:
+        """About FlashInfer: its backend, and its plain all-reduces."""
         notes = []
-        if self.fused_backend == "mnnvl":
-            notes.append(
-                f"vLLM {self.version} fuses with FlashInfer's mnnvl backend where multicast works "
-                "(VLLM_FLASHINFER_ALLREDUCE_BACKEND=trtllm selects the other); the fused times "
-                "here are trtllm's."
+        backend = self.fused_backend
+        if self.tables.prefers_mnnvl:
+            other = "trtllm" if backend == "mnnvl" else "mnnvl"
+            note = (
+                f"This is about FlashInfer's {backend} backend, with which vLLM {self.version} "
+                f"fuses here; --flashinfer-backend {other} asks about the other, as "
+                f"VLLM_FLASHINFER_ALLREDUCE_BACKEND={other} selects it."
             )
-        if self.flashinfer_active:
+            if backend == "mnnvl" and MNNVL not in measured:
+                note += (
+                    " This profile holds no times of mnnvl, and trtllm's do not decide about it: "
+                    "the cap stays. `fusewise tune` on such a node measures it."
+                )
+            notes.append(note)
+        if self.flashinfer_active and not self._mnnvl_limit:
             notes.append(
                 "FlashInfer's plain all-reduce reads the fusion table and is asked first: setting "
                 "the field alone leaves it in place up to the table's size. The fusewise plugin "
                 "lowers both; by hand set VLLM_ALLREDUCE_USE_FLASHINFER=0 beside the flag."
+            )
+        if self.pcie_ipc and self.tables.has_pcie_ipc:
+            notes.append(
+                "VLLM_ALLREDUCE_USE_FLASHINFER_PCIE_IPC=1 sends unfused messages to an all-reduce "
+                "that was not measured."
             )
         return notes
 

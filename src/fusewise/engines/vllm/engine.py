@@ -6,14 +6,16 @@ Reads the environment variables under vLLM's own names and defaults. Never impor
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import cast
+from typing import Any, get_args
 
-from fusewise.engines.base import Engine, Flag
+from fusewise.engines.base import Engine, Flag, FlagValue
 from fusewise.engines.vllm.dispatch import FlashInferBackend, VllmSettings
 from fusewise.engines.vllm.tables import TABLES
 from fusewise.errors import InputError, UnavailableError
 from fusewise.node import Fingerprint
 from fusewise.shape import DType
+
+BACKENDS: tuple[str, ...] = get_args(FlashInferBackend)
 
 
 def settings_on(
@@ -21,7 +23,7 @@ def settings_on(
     node: Fingerprint,
     dtype: DType,
     environ: Mapping[str, str],
-    flags: Mapping[str, bool],
+    flags: Mapping[str, FlagValue],
 ) -> VllmSettings:
     """What decides this vLLM's all-reduce on this node.
 
@@ -30,8 +32,8 @@ def settings_on(
         node: its ``world_size`` is the tensor-parallel size.
         dtype: the model's.
         environ: where vLLM's switches are; each has vLLM's default.
-        flags: win over ``environ``; ``custom_all_reduce`` is False with
-            ``--disable-custom-all-reduce``.
+        flags: fields of ``VllmSettings`` that win over node and ``environ``;
+            ``custom_all_reduce`` is False with ``--disable-custom-all-reduce``.
 
     Raises:
         InputError: the version was not read, or a switch has a value vLLM refuses too.
@@ -42,28 +44,28 @@ def settings_on(
             "vLLM's fusion needs the GPUs of one node", got=f"{node.device}, nodes {node.nodes}"
         )
     invariant = _switch(environ, "VLLM_BATCH_INVARIANT", default=False)
-    backend = environ.get("VLLM_FLASHINFER_ALLREDUCE_BACKEND", "auto")
-    if backend not in ("auto", "trtllm", "mnnvl"):
-        raise InputError(
-            "VLLM_FLASHINFER_ALLREDUCE_BACKEND", expected="auto, trtllm or mnnvl", got=repr(backend)
-        )
     plain = "VLLM_ALLREDUCE_USE_FLASHINFER"
-    switches: dict[str, bool] = {
+    settings: dict[str, Any] = {
         "nccl_symm_mem": _switch(environ, "VLLM_USE_NCCL_SYMM_MEM", default=False)
         and not invariant,
         "symm_mem": _switch(environ, "VLLM_ALLREDUCE_USE_SYMM_MEM", default=True) and not invariant,
         "fully_connected": node.fabric.startswith("nv"),
+        "multicast": node.multicast,
+        "flashinfer_backend": environ.get("VLLM_FLASHINFER_ALLREDUCE_BACKEND", "auto"),
+        "batch_invariant": invariant,
+        "pcie_ipc": _switch(environ, f"{plain}_PCIE_IPC", default=False) and not invariant,
     }
     if plain in environ:
-        switches["flashinfer_all_reduce"] = _switch(environ, plain, default=False)
+        settings["flashinfer_all_reduce"] = _switch(environ, plain, default=False)
+    settings |= flags
+    if settings["flashinfer_backend"] not in BACKENDS:
+        raise InputError(
+            "VLLM_FLASHINFER_ALLREDUCE_BACKEND",
+            expected=" or ".join(BACKENDS),
+            got=repr(settings["flashinfer_backend"]),
+        )
     return VllmSettings(
-        version=version,
-        sm=node.sm,
-        world_size=node.world_size,
-        multicast=node.multicast,
-        dtype=dtype,
-        flashinfer_backend=cast("FlashInferBackend", backend),
-        **(switches | dict(flags)),
+        version=version, sm=node.sm, world_size=node.world_size, dtype=dtype, **settings
     )
 
 
@@ -87,6 +89,12 @@ ENGINE = Engine(
             "symm_mem",
             "--symm-mem/--no-symm-mem",
             "As with VLLM_ALLREDUCE_USE_SYMM_MEM=1 or 0.",
+        ),
+        Flag(
+            "flashinfer_backend",
+            "--flashinfer-backend",
+            "As with VLLM_FLASHINFER_ALLREDUCE_BACKEND: trtllm or mnnvl.",
+            BACKENDS,
         ),
     ),
 )

@@ -152,8 +152,6 @@ def _answer(
 ) -> Answer:
     from_profile = decision.origin in ("measured", "published")
     source = where if from_profile else f"by {decision.level}, {where}"
-    if from_profile and settings.fused_backend == "mnnvl":
-        source += "; measured with FlashInfer's trtllm kernels, this vLLM prefers mnnvl"
     if switch == "full" and decision.origin != "explicit":
         wide = full_cap(profile, settings, hidden_size)
         if wide is not None:

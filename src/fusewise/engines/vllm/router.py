@@ -34,19 +34,21 @@ _QUANTISED = {"output", "quant_out", "scale_out"}  # arguments of patterns we do
 
 
 def choices_here(profile: Profile, settings: VllmSettings) -> Profile:
-    """The profile without paths this vLLM cannot run: other all-reduces than its own, per size.
+    """The profile without paths this vLLM cannot run: other kernels than its own, per size.
 
     Its baseline is what vLLM fuses with, so that a tie keeps FlashInfer's kernel.
     """
     kept = tuple(s for s in profile.samples if _runs_here(s, profile, settings))
-    return profile.model_copy(update={"samples": kept, "baseline": "flashinfer.one_shot"})
+    baseline = settings.fused_choice(0)
+    return profile.model_copy(update={"samples": kept, "baseline": baseline})
 
 
 def _runs_here(sample: Sample, profile: Profile, settings: VllmSettings) -> bool:
     size = Shape(sample.num_tokens, sample.hidden_size, profile.dtype).message_bytes
     own = settings.displaced_choice(size)
     if sample.op == FUSED_OP:
-        return _is_fused(sample.path) or sample.path == own
+        theirs = (settings.fused_choice(size), own)
+        return sample.path in theirs or sample.path.startswith(NATIVE)
     return sample.path.startswith(NATIVE) or sample.path == all_reduce_of(own)
 
 
@@ -59,11 +61,16 @@ def full_cap(
 ) -> int | None:
     """The largest size at which the plan fuses, bounded by what FlashInfer's workspace holds.
 
-    None without a measured native kernel: then full mode has nothing to offer.
+    None without a measured native kernel, or without times of the one vLLM fuses with: then full
+    mode has nothing to offer, or nothing to compare.
     """
-    if profile is None or not any(path.name.startswith(NATIVE) for path in profile.paths):
+    if profile is None:
         return None
-    plan = derive(choices_here(profile, settings))
+    choices = choices_here(profile, settings)
+    measured = {sample.path for sample in choices.samples if sample.op == FUSED_OP}
+    if not all(any(p.startswith(kind) for p in measured) for kind in (NATIVE, _FLASHINFER)):
+        return None
+    plan = derive(choices)
     tables = [table for table in plan.tables if table.op == FUSED_OP]
     if hidden_size is not None:
         nearest = plan.table_for(FUSED_OP, hidden_size)

@@ -14,6 +14,11 @@ Read in the wheels named in ``Tables.read_in``, under ``vllm/``:
 - ``flashinfer_default``: ``VLLM_ALLREDUCE_USE_FLASHINFER`` in ``envs.py``.
 - ``prefers_mnnvl``: ``_resolve_fi_ar_backend`` in ``flashinfer_all_reduce.py`` tries FlashInfer's
   ``mnnvl`` backend first on one node, and ``trtllm`` where there is no multicast.
+- ``invariant_is_plain``: ``VLLM_BATCH_INVARIANT`` turns off the fusion
+  (``enable_allreduce_rms_fusion``) and FlashInfer's plain all-reduce (``CudaCommunicator``).
+- ``hand_fused``: ``model_executor/layers/fused_allreduce_gemma_rms_norm.py``, which reads the table
+  whatever the compilation config says.
+- ``has_pcie_ipc``: ``VLLM_ALLREDUCE_USE_FLASHINFER_PCIE_IPC`` in ``envs.py``.
 
 Keys are the capability as ``10 * major + minor``, then the world size. What follows from the
 tables is ``dispatch.py``'s business.
@@ -48,6 +53,9 @@ class Tables:
     dispatch: tuple[str, ...]
     flashinfer_default: bool = False
     prefers_mnnvl: bool = False
+    invariant_is_plain: bool = False
+    hand_fused: bool = False
+    has_pcie_ipc: bool = False
     mnnvl_max_bytes: Mapping[tuple[int, int], int] | None = None
     nccl_symm_ranges: Mapping[int, tuple[int, int]] | None = None
     nccl_symm_above_world_size: int = 8
@@ -87,8 +95,10 @@ _V0_20 = Tables(
     nccl_symm_ranges={4: (16 * _KIB, 512 * _KIB), 8: (16 * _KIB, 128 * _KIB)},
 )
 
+_V0_24 = replace(_V0_20, read_in="0.24.0", hand_fused=True)
+
 _V0_25 = replace(
-    _V0_20,
+    _V0_24,
     read_in="0.25.0",
     fusion_max_bytes=_mb(
         sm90={2: 64, 4: 2, 8: 0.5},
@@ -114,11 +124,14 @@ _V0_29 = replace(
     fusion_max_bytes={**_V0_27.fusion_max_bytes, **_mb(sm103={2: 64, 4: 64, 8: 4, 16: 64})},
     dispatch=_FLASHINFER_FIRST,
     flashinfer_default=True,
+    invariant_is_plain=True,
     mnnvl_max_bytes={(103, 4): 80 * _MIB, (103, 8): 64 * _MIB},
 )
 
+_V0_30 = replace(_V0_29, read_in="0.30.0", has_pcie_ipc=True)
+
 _V0_33 = replace(
-    _V0_29,
+    _V0_30,
     read_in="0.33.0",
     mnnvl_max_bytes={(100, 8): 128 * _MIB, (103, 4): 80 * _MIB, (103, 8): 128 * _MIB},
 )
@@ -128,15 +141,15 @@ TABLES: Mapping[str, Tables] = {
     "0.21": replace(_V0_20, read_in="0.21.0"),
     "0.22": replace(_V0_20, read_in="0.22.1"),
     "0.23": replace(_V0_20, read_in="0.23.0"),
-    "0.24": replace(_V0_20, read_in="0.24.0"),
+    "0.24": _V0_24,
     "0.25": _V0_25,
     "0.26": replace(_V0_25, read_in="0.26.0"),
     "0.27": _V0_27,
     "0.28": replace(_V0_27, read_in="0.28.0"),
     "0.29": _V0_29,
-    "0.30": replace(_V0_29, read_in="0.30.0"),
-    "0.31": replace(_V0_29, read_in="0.31.0"),
-    "0.32": replace(_V0_29, read_in="0.32.0"),
+    "0.30": _V0_30,
+    "0.31": replace(_V0_30, read_in="0.31.0"),
+    "0.32": replace(_V0_30, read_in="0.32.0"),
     "0.33": _V0_33,
 }
 
@@ -165,3 +178,20 @@ def tables_of(version: str) -> Tables:
         got=repr(version),
         hint=f"The nearest known one is {near[0]}." if near else None,
     )
+
+
+def known_version(version: str) -> tuple[str, str | None]:
+    """The version whose tables stand for this one, and what to say where it is another.
+
+    A release newer than all that were read is taken for the newest of those: its tables are
+    compared with the live one, and its seams looked for, before anything is set.
+
+    Raises:
+        InputError: no release, or one older than the oldest that was read.
+    """
+    match = _RELEASE.fullmatch(version.strip())
+    newest = list(TABLES)[-1]
+    if match and (int(match[1]), int(match[2])) > tuple(map(int, newest.split("."))):
+        return newest, f"vLLM {version} was not read; the tables of {newest} stand for it"
+    tables_of(version)
+    return version, None
