@@ -1,4 +1,7 @@
-"""Real ranks for tests: started once per call, over gloo or NCCL, always bounded and reaped."""
+"""Real ranks for tests: started once per call, over gloo or NCCL, always bounded and reaped.
+
+On GPUs: one per rank where there are as many, else the ranks share what there is.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,8 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from fusewise.ranks.place import PLACES, place_for
 
 # Ranks are forked from a server that has imported torch and has no threads and no CUDA context.
 _CONTEXT = multiprocessing.get_context("forkserver")
@@ -31,11 +36,18 @@ def _rank_main(
     torch.set_num_threads(1)
     os.environ["FUSEWISE_HOME"] = str(Path(folder) / "home")
     store = dist.FileStore(str(Path(folder) / "store"), world_size)
-    gpu = torch.device("cuda", rank) if device == "cuda" else None
-    if gpu is not None:
-        torch.cuda.set_device(gpu)
-    backend = "nccl" if gpu is not None else "gloo"
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, device_id=gpu)
+    place = PLACES["cpu"] if device == "cpu" else place_for(world_size, share=True)
+    os.environ.update(place.environment)
+    here = torch.device(place.device(rank))
+    if here.type == "cuda":
+        torch.cuda.set_device(here)
+    dist.init_process_group(
+        place.process_group,
+        store=store,
+        rank=rank,
+        world_size=world_size,
+        device_id=here if place.kind == "cuda" else None,
+    )
     try:
         sender.send(("ok", function(rank, *args)))
     except BaseException as error:  # the parent re-raises it with the rank's name

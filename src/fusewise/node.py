@@ -28,11 +28,16 @@ _ATTRIBUTE_MULTICAST_SUPPORTED = 132
 _NVLINK_MAX = 18  # NVML_NVLINK_MAX_LINKS
 
 
+Kind = Literal["cuda", "shared", "cpu"]  # a GPU per rank, several ranks on one, CPU ranks
+SHARED = "shared"  # the fabric of ranks that reach each other inside one GPU
+
+
 class Fingerprint(BaseModel):
     """The identity of a measured node. Two equal fingerprints may share a profile.
 
     ``fabric`` is ``nv18`` for 18 active NVLinks per GPU, ``pcie`` without NVLink, ``shm`` for CPU
-    ranks of one host, ``net`` for ranks of several hosts. Versions are ``None`` where absent.
+    ranks of one host, ``net`` for ranks of several hosts, ``shared`` where several ranks have one
+    GPU. Versions are ``None`` where absent.
     ``kernels`` is the digest of our own CUDA sources: what was measured of others is not ours now.
     """
 
@@ -52,6 +57,11 @@ class Fingerprint(BaseModel):
     flashinfer: str | None = None
     kernels: str | None = None
 
+    @property
+    def kind(self) -> Kind:
+        """Where its ranks run, as ``ranks.place`` and the registry of backends name it."""
+        return "shared" if self.fabric == SHARED else self.device_type
+
     def differences(self, other: Fingerprint, fields: tuple[str, ...]) -> list[str]:
         """One line per differing field: ``torch: 2.11.0 in the profile, 2.13.0 here``."""
         return [
@@ -61,10 +71,13 @@ class Fingerprint(BaseModel):
         ]
 
 
-def probe(world_size: int, *, nodes: int = 1, device_type: str | None = None) -> Fingerprint:
-    """The fingerprint of a group of ``world_size`` ranks, one per device, on this host.
+def probe(
+    world_size: int, *, nodes: int = 1, device_type: str | None = None, shared: bool = False
+) -> Fingerprint:
+    """The fingerprint of a group of ``world_size`` ranks on this host.
 
-    ``device_type`` forces ``"cpu"``; by default GPUs are used where NVML shows one.
+    ``device_type`` forces ``"cpu"``; by default GPUs are used where NVML shows one. ``shared``:
+    several ranks have one GPU, so there is no fabric between them and no multicast.
     """
     software: dict[str, Any] = {
         "torch": _version("torch"),
@@ -83,6 +96,8 @@ def probe(world_size: int, *, nodes: int = 1, device_type: str | None = None) ->
         )
     if nodes > 1:
         gpu["fabric"] = "net"
+    elif shared:
+        gpu |= {"fabric": SHARED, "multicast": False}
     software |= {"cuda": _torch_cuda(), "nccl": _nccl(), "kernels": kernels_digest()}
     return Fingerprint(device_type="cuda", world_size=world_size, nodes=nodes, **gpu, **software)
 
@@ -128,6 +143,20 @@ def gpu_count() -> int:
     if visible is None:
         return present
     return min(present, len([item for item in visible.split(",") if item.strip()]))
+
+
+def gpu_free_bytes() -> int | None:
+    """Free memory of the first GPU; None where NVML does not tell."""
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+        try:
+            return int(pynvml.nvmlDeviceGetMemoryInfo(pynvml.nvmlDeviceGetHandleByIndex(0)).free)
+        finally:
+            pynvml.nvmlShutdown()
+    except Exception:  # as in gpu_facts
+        return None
 
 
 def multicast_supported() -> bool:

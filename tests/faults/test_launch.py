@@ -9,13 +9,14 @@ from typing import Any
 import pytest
 
 from fusewise.errors import InputError, RankError
+from fusewise.ranks.place import PLACES
 from fusewise.ranks.supervisor import Failure, run_attempt
 from fusewise.ranks.teams import Team, local_team
 from fusewise.tune import supervise
 from fusewise.tune.settings import Settings
 from tests.faults.jobs import FAKES
 
-TWO = Team(2, (0, 1), (0, 1), "cpu")
+TWO = Team(2, (0, 1), (0, 1), PLACES["cpu"])
 
 
 def attempt(how: str) -> tuple[Any, list[tuple[int, dict[str, Any]]]]:

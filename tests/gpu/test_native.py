@@ -1,4 +1,4 @@
-"""The native backends on two real GPUs: bits, graphs, dependent launches, streams, dead peers."""
+"""The native backends on two ranks, a GPU each or sharing one: bits, graphs, streams, dead peers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fusewise.backends.native.cuda.build import missing_compiler
 from tests.ranks import run_ranks
 
 pytestmark = [
-    pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs"),
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
     pytest.mark.skipif(missing_compiler() is not None, reason='needs pip install "fusewise[cuda]"'),
     pytest.mark.timeout(600),
 ]

@@ -17,7 +17,9 @@ from fusewise.tune.settings import Settings
 from fusewise.tune.supervise import tune_team
 from tests.ranks import run_ranks
 
-pytestmark = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+pytestmark = pytest.mark.skipif(
+    torch.cuda.device_count() < 2, reason="times need NVLink or PCIe between two GPUs"
+)
 
 SETTINGS = Settings("bfloat16", (2048,), 4096, 2**20, 20.0, rounds=7)
 

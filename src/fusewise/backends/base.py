@@ -48,6 +48,7 @@ class Backend(ABC):
     numerics: ClassVar[Numerics]
     plain: ClassVar[bool] = True  # offers all_reduce
     takes_no_residual: ClassVar[bool] = True
+    capturable: ClassVar[bool] = True  # in a CUDA graph, where the place has graphs at all
     takes_weight_bias: bool = True  # an instance may know better once its provider is loaded
 
     def __init__(self, group: Group, max_shape: Shape) -> None:

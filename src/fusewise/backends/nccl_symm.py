@@ -47,6 +47,8 @@ class NcclSymm(Backend):
         if node.device_type != "cuda":
             return "needs NVIDIA GPUs; CPU ranks use shm or gloo"
         apart = not_on_one_host(node.nodes, node.world_size)
+        if node.kind == "shared":
+            return "NCCL takes one rank per GPU, and several share this one"
         if apart is None and not node.fabric.startswith("nv"):
             apart = f"NCCL's symmetric kernels need NVLink between all ranks, not {node.fabric}"
         return apart or _torch_reason() or _nccl_reason(node)

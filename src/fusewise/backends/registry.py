@@ -15,8 +15,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from fusewise.backends.base import Backend
+    from fusewise.node import Kind
 
-# Per kind of device: id → file and class. The first of each is the baseline: torch's own choice.
+# Per kind of place: id → file and class. The first of each is the baseline: torch's own choice.
 _CUDA = {
     "nccl": "torch_dist:Nccl",
     "nccl_symm": "nccl_symm:NcclSymm",
@@ -33,7 +34,9 @@ _CPU = {
     "gloo": "torch_dist:Gloo",
     "shm.one_shot": "shm:OneShot",
 }
+_SHARED = {"gloo": _CPU["gloo"]} | _CUDA  # NCCL takes one rank per GPU
 _HOMES = _CUDA | _CPU
+_PLACES: dict[Kind, dict[str, str]] = {"cuda": _CUDA, "shared": _SHARED, "cpu": _CPU}
 
 
 def all_ids() -> list[str]:
@@ -73,11 +76,16 @@ def select(names: Iterable[str]) -> set[str]:
     return chosen
 
 
-def ids_for(device_type: str) -> list[str]:
-    """Ids of the backends made for that kind of device, the baseline first."""
-    return list(_CUDA if device_type == "cuda" else _CPU)
+def ids_for(kind: Kind) -> list[str]:
+    """Ids of the backends made for that kind of place, the baseline first."""
+    return list(_PLACES[kind])
 
 
-def baseline_id(device_type: str) -> str:
-    """What torch itself would run: ``nccl`` on GPUs, ``gloo`` on CPUs."""
-    return ids_for(device_type)[0]
+def baseline_id(kind: Kind) -> str:
+    """What torch itself would run: ``nccl`` on GPUs, ``gloo`` on CPUs and on shared GPUs."""
+    return ids_for(kind)[0]
+
+
+def baselines() -> set[str]:
+    """Every place's baseline."""
+    return {baseline_id(kind) for kind in _PLACES}

@@ -1,4 +1,4 @@
-"""torch.distributed's own all-reduce: NCCL on GPUs, gloo on CPUs. The baselines."""
+"""torch.distributed's own all-reduce: NCCL on GPUs, gloo on CPUs and shared GPUs. The baselines."""
 
 from __future__ import annotations
 
@@ -58,19 +58,22 @@ class Nccl(_TorchDist):
     def available(cls, node: Fingerprint) -> str | None:
         if node.device_type != "cuda":
             return "needs NVIDIA GPUs"
+        if node.kind == "shared":
+            return "NCCL takes one rank per GPU, and several share this one"
         return None if dist.is_nccl_available() else "this torch was built without NCCL"
 
 
 class Gloo(_TorchDist):
-    """gloo through torch.distributed, for CPU ranks."""
+    """gloo through torch.distributed, for CPU ranks and for ranks that share a GPU."""
 
     id = "gloo"
     needs = "gloo"
+    capturable = False  # a GPU's tensors are copied out and summed by a thread of the host
 
     @classmethod
     def available(cls, node: Fingerprint) -> str | None:
-        if node.device_type != "cpu":
-            return "reduces CPU tensors only; GPUs use nccl"
+        if node.kind == "cuda":
+            return "reduces in the CPU's memory; GPUs use nccl"
         return None if dist.is_gloo_available() else "this torch was built without gloo"
 
     def _sum(self, out: Tensor) -> None:

@@ -38,7 +38,7 @@ from fusewise.decode.results import document, section
 from fusewise.engines.base import EngineSettings
 from fusewise.engines.registry import engine_named
 from fusewise.errors import InputError, RankError
-from fusewise.node import Fingerprint, probe
+from fusewise.node import Fingerprint
 from fusewise.profiles import store
 from fusewise.profiles.schema import Profile
 from fusewise.ranks.teams import Team, local_team, under_torchrun
@@ -114,7 +114,7 @@ def decode(
         context=context,
         compiler=compiler or ("inductor" if gpu else "interpreted"),
     )
-    node = probe(team.world_size, device_type=None if gpu else "cpu")
+    node = team.node()
     cap_bytes = parse_size(engine_cap) if engine_cap is not None else None
     arms = arms_for(
         _profile(profile, node, team, settings),

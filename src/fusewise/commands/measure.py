@@ -27,7 +27,6 @@ from fusewise.commands.options import (
     write_picture,
 )
 from fusewise.errors import InputError
-from fusewise.node import probe
 from fusewise.profiles import history, store
 from fusewise.profiles.plan import derive
 from fusewise.profiles.schema import Profile, Sample
@@ -116,8 +115,7 @@ def _tuned(
     from fusewise.ranks.supervisor import terminated_like_interrupted
     from fusewise.tune.supervise import tune_everywhere
 
-    kind = None if team.device == "cuda" else "cpu"
-    node = probe(team.world_size, nodes=team.hosts, device_type=kind)
+    node = team.node()
     known = None if fresh else store.kept_in(folder, node, settings.dtype)
     with terminated_like_interrupted(), progress(f"tune {settings.dtype}") as listen:
 
@@ -210,13 +208,13 @@ def _settings(
 
 def _known(without: list[str] | None) -> tuple[str, ...]:
     """Checked here, before any rank starts."""
-    from fusewise.backends.registry import baseline_id, select
+    from fusewise.backends.registry import baselines, select
 
     names = words(without)
-    baselines = select(names) & {baseline_id("cuda"), baseline_id("cpu")}
-    if baselines:
+    needed = select(names) & baselines()
+    if needed:
         raise InputError(
-            f"{', '.join(sorted(baselines))} cannot be left out",
+            f"{', '.join(sorted(needed))} cannot be left out",
             hint="Every path is compared with torch's own all-reduce.",
         )
     return names

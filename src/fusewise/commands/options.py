@@ -16,6 +16,7 @@ import typer
 from fusewise.errors import FusewiseError, InputError, ProfileError, UnavailableError
 from fusewise.node import Fingerprint, gpu_count, probe
 from fusewise.profiles import store
+from fusewise.ranks.place import default_ranks
 from fusewise.report.table import Format, Section, render_sections
 from fusewise.shape import DType, parse_dtype
 
@@ -122,8 +123,7 @@ def words(items: Sequence[str] | None) -> tuple[str, ...]:
 
 def this_node(tp: int | None) -> Fingerprint:
     """The fingerprint of a group of ``tp`` ranks on this host."""
-    gpus = gpu_count()
-    return probe(tp or (gpus if gpus > 1 else 2), device_type=None if gpus else "cpu")
+    return probe(tp or default_ranks(), device_type=None if gpu_count() else "cpu")
 
 
 def resolve(

@@ -18,12 +18,15 @@ from fusewise.shape import parse_size
 
 MODES = ("cap", "full", "off")
 
-# Fewer GPUs here than ranks: the group spans nodes.
+# Fewer GPUs here than ranks: the group spans nodes, or was told that it shares them.
 _PROBE = """
 import sys
 from fusewise.node import gpu_count, probe
+from fusewise.ranks.place import shares_gpus
 ranks, gpus = int(sys.argv[1]), gpu_count()
-print(probe(ranks, nodes=-(-ranks // gpus) if gpus else 1).model_dump_json())
+shared = shares_gpus() and ranks > gpus > 0
+nodes = -(-ranks // gpus) if gpus and not shared else 1
+print(probe(ranks, nodes=nodes, shared=shared).model_dump_json())
 """
 _PROBE_TIMEOUT_S = 60.0  # a cold driver takes a few seconds
 

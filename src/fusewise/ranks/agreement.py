@@ -13,12 +13,16 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
+import torch
+import torch.distributed as dist
+
 from fusewise.errors import FusewiseError, UnavailableError
 from fusewise.node import Fingerprint, probe
 from fusewise.profiles import store
 from fusewise.profiles.bands import Plan, default_plan
 from fusewise.profiles.plan import derive
 from fusewise.profiles.schema import Profile
+from fusewise.ranks.place import PLACES, SHARED_SWITCH, sharing
 from fusewise.shape import DType
 
 if TYPE_CHECKING:
@@ -32,9 +36,19 @@ def fingerprint_of(group: Group) -> Fingerprint:
 
     Raises:
         DisagreementError: ranks run on different GPUs or different versions.
+        UnavailableError: ranks share a GPU, and their process group is NCCL's.
     """
-    hosts = group.gather("hosts", _host())
-    node = probe(group.world_size, nodes=len(set(hosts)), device_type=group.device.type)
+    told = group.gather("hosts", [_host(), _gpu(group)])
+    shared = sharing(gpu for _, gpu in told)
+    if shared and "nccl" in str(dist.get_backend(group.process_group)):
+        raise UnavailableError(
+            f"{group}: ranks share a GPU",
+            expected=f"a process group with the {PLACES['shared'].process_group} backend",
+            got="nccl, which takes one rank per GPU",
+            hint=f"Set {SHARED_SWITCH}=1 and call init_process_group('gloo').",
+        )
+    hosts = len({host for host, _ in told})
+    node = probe(group.world_size, nodes=hosts, device_type=group.device.type, shared=bool(shared))
     group.agree("fingerprint", node.model_dump(mode="json"))
     return node
 
@@ -43,6 +57,13 @@ def _host() -> str:
     """One name per running kernel: containers on one host share shared memory or say so."""
     boot = Path("/proc/sys/kernel/random/boot_id")
     return socket.gethostname() + (boot.read_text().strip() if boot.exists() else "")
+
+
+def _gpu(group: Group) -> str | None:
+    """One name per GPU in the world; None for a CPU rank."""
+    if group.device.type == "cpu":
+        return None
+    return str(torch.cuda.get_device_properties(group.device).uuid)
 
 
 def agreed_plans(

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from fusewise.errors import DisagreementError, RankError, RankTimeoutError, UnavailableError
+from fusewise.ranks.place import shares_gpus
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -36,8 +37,8 @@ class Group:
 
     Args:
         process_group: torch's group; None for the default (world) group.
-        device: where this rank's tensors live; by default the current GPU for an NCCL group,
-            else the CPU.
+        device: where this rank's tensors live; by default the current GPU for an NCCL group, and
+            where torch was told that ranks share GPUs (``ranks.place``); else the CPU.
         timeout_s: bound of every wait.
 
     Raises:
@@ -171,6 +172,7 @@ def _brief(error: BaseException | str) -> str:
 
 
 def _default_device(group: Group) -> torch.device:
-    if "nccl" in str(dist.get_backend(group.process_group)) and torch.cuda.is_available():
+    on_gpus = "nccl" in str(dist.get_backend(group.process_group)) or shares_gpus()
+    if on_gpus and torch.cuda.is_available():
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu")

@@ -94,10 +94,11 @@ def run_attempt(
             for rank, local_rank in zip(team.ranks, team.local_ranks, strict=True):
                 order = {
                     "job": job, "request": request, "rank": rank, "local_rank": local_rank,
-                    "world_size": team.world_size, "device": team.device, "store": [host, port],
+                    "world_size": team.world_size, "device": team.place.device(local_rank),
+                    "process_group": team.place.process_group, "store": [host, port],
                     "timeout_s": timeout_s, "threads": _threads_per_rank(team),
                 }  # fmt: skip
-                children.append(_start(rank, order))
+                children.append(_start(rank, order, team.place.environment))
             _watch(children, store, on_event)
         finally:
             for child in children:
@@ -129,10 +130,10 @@ def _threads_per_rank(team: Team) -> int:
     return max(1, (os.cpu_count() or 1) // max(1, len(team.ranks)))
 
 
-def _start(rank: int, order: dict[str, Any]) -> _Child:
+def _start(rank: int, order: dict[str, Any], needed: dict[str, str]) -> _Child:
     receiver, sender = os.pipe()
     os.set_blocking(receiver, False)
-    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
+    environment = os.environ | {"PYTHONUNBUFFERED": "1"} | needed
     if order["store"][0] == "127.0.0.1":
         environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
     process = subprocess.Popen(

@@ -9,17 +9,14 @@ import os
 import socket
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from fusewise.errors import InputError
-from fusewise.node import gpu_count
+from fusewise.node import Fingerprint, gpu_count, probe
+from fusewise.ranks.place import PLACES, Place, default_ranks, place_for
 
 if TYPE_CHECKING:
     from fusewise.ranks.group import Group
-
-
-# CPU ranks that may share cores: enough to try what eight GPUs run. Each is a process with torch.
-_CPU_RANKS = 8
 
 
 @dataclass(frozen=True)
@@ -33,11 +30,21 @@ class Team:
     world_size: int
     ranks: tuple[int, ...]
     local_ranks: tuple[int, ...]
-    device: Literal["cuda", "cpu"]
+    place: Place
     peers: Group | None = None
     world: Group | None = None
     host: str = "127.0.0.1"
     hosts: int = 1
+
+    @property
+    def device(self) -> str:
+        """torch's type of the ranks' devices."""
+        return self.place.device_type
+
+    def node(self) -> Fingerprint:
+        """What these ranks run on, as this process sees it."""
+        kind = None if self.device == "cuda" else "cpu"
+        return probe(self.world_size, nodes=self.hosts, device_type=kind, shared=self.place.shared)
 
     @property
     def leads(self) -> bool:
@@ -45,23 +52,20 @@ class Team:
         return 0 in self.ranks
 
 
-def local_team(world_size: int | None) -> Team:
-    """All ranks of one group on this host: one per GPU, else ``world_size`` CPU ranks (2).
+def local_team(world_size: int | None, *, share: bool = False) -> Team:
+    """All ranks of one group on this host: one per GPU, else two CPU ranks.
+
+    Args:
+        world_size: how many; None for ``default_ranks()``.
+        share: whether several ranks may have one GPU.
 
     Raises:
-        InputError: more GPU ranks than GPUs, or fewer than one rank.
+        InputError: fewer than one rank, or more than this host runs.
+        UnavailableError: more ranks than the shared GPUs' memory holds.
     """
-    gpus = gpu_count()
-    size = world_size if world_size is not None else (gpus if gpus > 1 else 2)
-    most = gpus or max(_CPU_RANKS, os.cpu_count() or 1)
-    if not 1 <= size <= most:
-        raise InputError(
-            "cannot start that many ranks",
-            expected=f"1 to {most} ranks, one per GPU" if gpus else f"1 to {most} CPU ranks",
-            got=str(size),
-        )
+    size = world_size if world_size is not None else default_ranks()
     ranks = tuple(range(size))
-    return Team(size, ranks, ranks, "cuda" if gpus else "cpu")
+    return Team(size, ranks, ranks, place_for(size, share=share))
 
 
 def under_torchrun() -> bool:
@@ -98,5 +102,5 @@ def torchrun_team(world_size: int | None, timeout_s: float) -> Team:
     hosts = peers.gather("hosts", socket.gethostname())
     spread = len(set(hosts))
     host = "127.0.0.1" if spread == 1 else hosts[0]
-    device: Literal["cuda", "cpu"] = "cuda" if gpu_count() else "cpu"
-    return Team(size, (peers.rank,), (local_rank,), device, peers, world, host, spread)
+    place = PLACES["cuda" if gpu_count() else "cpu"]
+    return Team(size, (peers.rank,), (local_rank,), place, peers, world, host, spread)

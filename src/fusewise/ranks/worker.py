@@ -24,7 +24,10 @@ STALL_S = 60.0  # silence of a rank that a supervisor tolerates, unless a phase 
 
 @dataclass
 class Worker:
-    """What a job knows about its rank, and how it speaks to its supervisor."""
+    """What a job knows about its rank, and how it speaks to its supervisor.
+
+    ``device`` is torch's name of it, such as ``"cuda:0"``.
+    """
 
     rank: int
     world_size: int
@@ -79,20 +82,19 @@ def _join(worker: Worker, order: dict[str, Any]) -> None:
     timeout = timedelta(seconds=order["timeout_s"])
     host, port = order["store"]
     store = TCPStore(host, port, is_master=False, timeout=timeout)
-    if worker.device == "cpu":
+    device = torch.device(worker.device)
+    if device.type == "cpu":
         torch.set_num_threads(order["threads"])
-        backend, device_id = "gloo", None
     else:
-        device_id = torch.device("cuda", order["local_rank"])
-        torch.cuda.set_device(device_id)
-        backend = "nccl"
+        torch.cuda.set_device(device)
+    process_group = order["process_group"]
     dist.init_process_group(
-        backend,
+        process_group,
         store=PrefixStore("fusewise-worker", store),
         rank=worker.rank,
         world_size=worker.world_size,
         timeout=timeout,
-        device_id=device_id,
+        device_id=device if process_group == "nccl" else None,
     )
 
 

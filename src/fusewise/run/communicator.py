@@ -103,7 +103,7 @@ class Communicator:
         self.group.agree(
             "settings", [self.group.name, sorted(excluded), max_message_bytes, max_hidden_size]
         )
-        self._baseline = baseline_id(self.node.device_type)
+        self._baseline = baseline_id(self.node.kind)
         default = unfused_path(self._baseline)
         self.plans, self.source = agreed_plans(self.group, self.node, profile, default, excluded)
         tokens = max(1, max_message_bytes // (2 * max_hidden_size))

@@ -36,7 +36,7 @@ def build_all(
         Its id; the backend, or None on all ranks; then the reason why it is None.
     """
     unwanted = select(settings.without) | set(excluded)
-    for backend_id in ids_for(node.device_type):
+    for backend_id in ids_for(node.kind):
         if backend_id in unwanted:
             continue
         worker.phase(f"build {backend_id}", backend_id, BUILD_S)

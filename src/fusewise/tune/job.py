@@ -63,7 +63,7 @@ class Tune:
     @property
     def baseline(self) -> str:
         """The path everything is compared with."""
-        return unfused_path(baseline_id(self.node.device_type))
+        return unfused_path(baseline_id(self.node.kind))
 
     @property
     def left_s(self) -> float:
@@ -92,7 +92,7 @@ def _build(tune: Tune) -> None:
     """Builds and examines every candidate; what fails on any rank is excluded on all."""
     settings, known = tune.settings, frozenset(tune.excluded)
     tune.excluded |= dict.fromkeys(
-        select(settings.without) & set(ids_for(tune.node.device_type)), LEFT_OUT
+        select(settings.without) & set(ids_for(tune.node.kind)), LEFT_OUT
     )
     for backend_id, backend, failed in build_all(
         tune.worker, tune.group, tune.node, settings, known
@@ -112,7 +112,7 @@ def _build(tune: Tune) -> None:
 
 
 def _exclude(tune: Tune, backend_id: str, reason: str) -> None:
-    if backend_id == baseline_id(tune.node.device_type):
+    if backend_id == baseline_id(tune.node.kind):
         raise UnavailableError(f"the baseline {backend_id} does not work here", got=reason)
     tune.excluded[backend_id] = reason
     tune.worker.emit("excluded", backend=backend_id, reason=reason)

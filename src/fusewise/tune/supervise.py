@@ -9,8 +9,8 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from fusewise.backends.registry import baselines
 from fusewise.errors import FusewiseError, RankError, UnavailableError
-from fusewise.node import probe
 from fusewise.profiles.schema import Profile, Sample, parse_profile
 from fusewise.ranks.supervisor import Failure, run_attempt
 from fusewise.tune.settings import Settings
@@ -87,8 +87,7 @@ def _culprit(failure: Failure) -> str:
         RankError: it was nobody's, or torch's own all-reduce, without which nothing compares.
     """
     outside = any(failure.reason.endswith(name) for name in _FROM_OUTSIDE)
-    baseline = failure.provider in ("nccl", "gloo")
-    if failure.provider is None or outside or baseline:
+    if failure.provider is None or outside or failure.provider in baselines():
         error = RankError(f"tuning stopped: {failure}", hint="Nothing was written; run it again.")
         error.exit_code = failure.code
         raise error
@@ -108,8 +107,7 @@ def tune_everywhere(
     """
     if team.world is None:
         return tune_team(team, settings, listen, known)
-    kind = None if team.device == "cuda" else "cpu"
-    mine = probe(team.world_size, nodes=team.hosts, device_type=kind).model_dump_json()
+    mine = team.node().model_dump_json()
     marks = team.world.gather("fabric", mine)
     measures = marks.index(mine) // team.world_size == team.world.rank // team.world_size
     profile, failure = None, None

@@ -1,0 +1,149 @@
+"""Where the ranks of a group run, decided once: device, process group, what a time there is worth.
+
+Three kinds of place: a GPU per rank, GPUs that several ranks share, and CPUs. Everything that
+differs between them is a field here. Imports no torch, starts nothing and measures nothing.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from fusewise.errors import InputError, UnavailableError
+from fusewise.node import Kind, gpu_count, gpu_free_bytes
+
+# torch's own switch for ranks that share a GPU, read at the first symmetric allocation.
+SHARED_SWITCH = "TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"
+# CPU ranks that may share cores: enough to try what eight GPUs run. Each is a process with torch.
+_CPU_RANKS = 8
+# The kernels' phases are written for groups up to here (native.two_shot, flashinfer, custom).
+_SHARED_RANKS = 8
+# A CUDA context with torch's and FlashInfer's kernels, and the workspaces of one verification.
+_RANK_BYTES = 2 * 2**30
+
+
+@dataclass(frozen=True)
+class Place:
+    """What follows from where ranks run.
+
+    Attributes:
+        kind: as in the registry's tables and ``Fingerprint.kind``.
+        device_type: torch's.
+        process_group: torch.distributed's backend. NCCL refuses two ranks on one GPU.
+        captures: whether calls can be captured in CUDA graphs.
+        timed: why a time taken there decides nothing; None where it does.
+    """
+
+    kind: Kind
+    device_type: str
+    process_group: str
+    captures: bool
+    timed: str | None = None
+
+    @property
+    def shared(self) -> bool:
+        """Whether several ranks take turns on one GPU."""
+        return self.kind == "shared"
+
+    def device(self, local_rank: int) -> str:
+        """torch's name of the device of a host's n-th rank."""
+        if self.device_type == "cpu":
+            return "cpu"
+        return f"cuda:{local_rank % max(1, gpu_count())}" if self.shared else f"cuda:{local_rank}"
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What a rank's process needs to be told before it starts."""
+        return {SHARED_SWITCH: "1"} if self.shared else {}
+
+    def refuse_timing(self, what: str) -> None:
+        """Where times decide nothing, says so.
+
+        Raises:
+            UnavailableError: the ranks would share a GPU.
+        """
+        if self.timed is not None:
+            raise UnavailableError(
+                f"{what} needs a GPU per rank",
+                got=self.timed,
+                hint="`fusewise verify` checks results with ranks that share a GPU.",
+            )
+
+
+PLACES: dict[Kind, Place] = {
+    "cuda": Place("cuda", "cuda", "nccl", captures=True),
+    "shared": Place(
+        "shared", "cuda", "gloo", captures=True,
+        timed="ranks that share a GPU take turns on it, milliseconds each",
+    ),
+    "cpu": Place("cpu", "cpu", "gloo", captures=False),
+}  # fmt: skip
+
+
+def default_ranks() -> int:
+    """How many ranks where nobody says: one per GPU; two where that makes no group."""
+    return max(2, gpu_count())
+
+
+def place_for(ranks: int, *, share: bool = False) -> Place:
+    """Where this host runs so many ranks.
+
+    Args:
+        ranks: of this host.
+        share: whether several may have one GPU; only for what takes no time.
+
+    Raises:
+        InputError: fewer than one rank, or more than this host runs.
+        UnavailableError: more ranks than the shared GPUs' memory holds.
+    """
+    gpus = gpu_count()
+    most = gpus or max(_CPU_RANKS, os.cpu_count() or 1)
+    if share and gpus:
+        most = max(_SHARED_RANKS, gpus)
+    if not 1 <= ranks <= most:
+        alone = gpus == 1 and not share
+        raise InputError(
+            "an all-reduce needs two ranks, and this node has one GPU"
+            if alone
+            else "cannot start that many ranks",
+            expected=f"1 to {most} {_words(gpus, share)}",
+            got=str(ranks),
+            hint="`fusewise verify` lets ranks share a GPU; their times would mean nothing."
+            if gpus and not share
+            else None,
+        )
+    if not gpus:
+        return PLACES["cpu"]
+    if ranks <= gpus:
+        return PLACES["cuda"]
+    _check_room(ranks, gpus)
+    return PLACES["shared"]
+
+
+def _words(gpus: int, share: bool) -> str:
+    if not gpus:
+        return "CPU ranks"
+    return "ranks, sharing GPUs" if share else "ranks, one per GPU"
+
+
+def _check_room(ranks: int, gpus: int) -> None:
+    free, needed = gpu_free_bytes(), -(-ranks // gpus) * _RANK_BYTES
+    if free is not None and free < needed:
+        raise UnavailableError(
+            f"the GPU has too little free memory for {-(-ranks // gpus)} ranks",
+            expected=f"{needed / 2**30:.0f} GiB",
+            got=f"{free / 2**30:.1f} GiB",
+            hint="End what else runs there, or pass fewer --ranks.",
+        )
+
+
+def shares_gpus() -> bool:
+    """Whether torch was told that ranks of this process's group share GPUs."""
+    return os.environ.get(SHARED_SWITCH, "0") not in ("", "0")
+
+
+def sharing(devices: Iterable[str | None]) -> list[str]:
+    """The devices that more than one rank named; None stands for a CPU."""
+    named = [device for device in devices if device is not None]
+    return sorted({device for device in named if named.count(device) > 1})
