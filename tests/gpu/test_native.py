@@ -1,4 +1,4 @@
-"""The native backends on two ranks, a GPU each or sharing one: bits, graphs, streams, dead peers."""
+"""The native backends on two ranks, a GPU each or sharing one: bits, graphs, dead peers."""
 
 from __future__ import annotations
 
