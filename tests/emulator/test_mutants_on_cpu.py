@@ -38,6 +38,8 @@ MUTANTS = {
         "slots.cuh", "push_words(slot[i] + j * kUnitBytes, empty_slot())", "prefetch(slot[i])",
     ),
     "shape_dependent_slots": ("slots.cuh", "phase * group.unit_capacity", "phase * 2"),
+    "lost_partial": ("two_shot.cuh", "      push_word(slot, kSentinel);\n", ""),
+    "lost_barrier": ("two_shot.cuh", "  block_barrier();  // all of shared.squares", "  //"),
     "push_before_wait": ("one_shot.cuh", "  dependency_wait();", ""),
 }  # fmt: skip
 

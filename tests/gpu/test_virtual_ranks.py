@@ -51,7 +51,7 @@ class Ranks:
         facts = torch.cuda.get_device_properties(0)
         self.sm = 10 * facts.major + facts.minor
         self.kernels = VirtualKernels(self.sm, facts.multi_processor_count)
-        layout = STRATEGIES[strategy][1](MOST, world_size).with_slack(MOST.message_bytes)
+        layout = STRATEGIES[strategy][1](MOST, world_size).with_slack()
         size = layout.size_bytes
         self.slots = [torch.full((size,), 255, dtype=torch.uint8, device="cuda")
                       for _ in range(world_size)]  # fmt: skip

@@ -87,8 +87,7 @@ class NativeBackend(Backend):
         return Kernels(sm, facts.multi_processor_count)
 
     def _room(self, shape: Shape) -> SlotLayout:
-        limited = self._limited(shape)
-        return self._layout(limited).with_slack(limited.message_bytes)
+        return self._layout(self._limited(shape)).with_slack()
 
     def _limited(self, shape: Shape) -> Shape:
         """The largest shape that the workspace is made for."""

@@ -38,16 +38,14 @@ class SlotLayout:
     Args:
         strategy: ``one_shot`` keeps two phases of every unit from every peer. ``two_shot`` keeps
             two phases of the rank's own columns, one gathered copy of everybody else's, and a
-            word per row and peer for the partial sums.
+            word per unit and peer for the partial sums.
         world_size: ranks.
         units: 512-byte units per source and phase.
-        rows: rows with a partial sum; 0 for ``one_shot``.
     """
 
     strategy: Literal["one_shot", "two_shot"]
     world_size: int
     units: int
-    rows: int = 0
 
     @classmethod
     def one_shot(cls, shape: Shape, world_size: int) -> SlotLayout:
@@ -58,39 +56,34 @@ class SlotLayout:
     def two_shot(cls, shape: Shape, world_size: int) -> SlotLayout:
         """Room for ``shape``; a row of each rank's columns fills whole units."""
         units = units_of(shape.num_tokens, shard_vectors(shape, world_size) * VECTOR_BYTES)
-        return cls("two_shot", world_size, units, shape.num_tokens)
+        return cls("two_shot", world_size, units)
 
-    def with_slack(self, message_bytes: int) -> SlotLayout:
+    def with_slack(self) -> SlotLayout:
         """Room also for other row widths with as many bytes.
 
         A row that is no multiple of a unit wastes the end of one: 7 % at hidden 2880 in bf16, and
         42 % where eight ranks share its columns. Rows of less than 1 KiB may not all fit.
         """
-        if self.strategy == "one_shot":
-            return replace(self, units=self.units + self.units // 8 + 1)
-        rows = max(self.rows, message_bytes // 1024)
-        return replace(self, units=self.units + self.units // 2 + 1, rows=rows)
+        part = 8 if self.strategy == "one_shot" else 2
+        return replace(self, units=self.units + self.units // part + 1)
 
     @property
     def size_bytes(self) -> int:
         """Bytes of slots on each rank."""
-        copies = 2 if self.strategy == "one_shot" else 3
-        peers = self.world_size - 1
-        partials = -(-self.rows * peers * 4 // UNIT_BYTES) * UNIT_BYTES
-        return copies * peers * self.units * UNIT_BYTES + partials
+        one_shot = self.strategy == "one_shot"
+        words = (self.world_size - 1) * self.units
+        partials = 0 if one_shot else -(-words * 4 // UNIT_BYTES) * UNIT_BYTES
+        return (2 if one_shot else 3) * words * UNIT_BYTES + partials
 
     def lacks(self, other: SlotLayout) -> str | None:
         """Why ``other`` does not fit in here, with both sizes; None if it does."""
-        if other.units > self.units:
-            return f"needs {other.units} slots of {UNIT_BYTES} bytes per peer, has {self.units}"
-        if other.rows > self.rows:
-            return f"needs partial sums of {other.rows} rows, has {self.rows}"
-        return None
+        if other.units <= self.units:
+            return None
+        return f"needs {other.units} slots of {UNIT_BYTES} bytes per peer, has {self.units}"
 
     def union(self, other: SlotLayout) -> SlotLayout:
         """The smallest layout that holds both."""
-        units, rows = max(self.units, other.units), max(self.rows, other.rows)
-        return SlotLayout(self.strategy, self.world_size, units, rows)
+        return replace(self, units=max(self.units, other.units))
 
 
 def units_of(num_tokens: int, row_bytes: int) -> int:
@@ -184,7 +177,7 @@ class Workspace:
                 f"{self._label}: a workspace cannot grow while a graph is captured",
                 hint="Reserve the largest shape before capturing.",
             )
-        wanted = [layout.strategy, layout.world_size, layout.units, layout.rows]
+        wanted = [layout.strategy, layout.world_size, layout.units]
         self.group.agree(f"{self._label}: workspace", wanted)
         if self.region.layout.lacks(layout) is None:
             return False

@@ -69,7 +69,7 @@ def compile_instance(
         sm: the architecture, 80 for sm_80.
         extra: source appended after the kernel.
         log: receives what the compiler and ptxas say, with register and spill counts.
-        source: another file with the instance's kernel in it; its folder is searched too.
+        source: another file with the instance's kernel in it; its folder is searched first.
 
     Raises:
         UnavailableError: as ``cubin``.
@@ -84,7 +84,7 @@ def compile_instance(
     options = ProgramOptions(
         name=source.name,
         arch=f"sm_{sm}",
-        include_path=[str(SOURCES), str(source.parent)],
+        include_path=[str(source.parent), str(SOURCES)],
         define_macro=instance.defines(),
         ptxas_options=["-v"] if log is not None else None,
         **_FLAGS,

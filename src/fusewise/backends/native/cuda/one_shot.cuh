@@ -110,19 +110,6 @@ FW_DEVICE void load_row(const OneShotParams& p, const void* tensor, int row,
   }
 }
 
-// Hints for what no kernel before may still write, or whose value the hint does not fix.
-template <int kVectors>
-FW_DEVICE void prefetch_before_wait(const OneShotParams& p, int row, const int (&column)[kVectors],
-                                    bool has_weight) {
-  prefetch(p.group.dead);
-  FW_UNROLL
-  for (int i = 0; i < kVectors; ++i) {
-    if (column[i] < 0) continue;
-    if (has_weight) prefetch(static_cast<const char*>(p.weight) + column[i] * kVectorBytes);
-    if (row < p.num_tokens) prefetch(p.group.epochs + unit_of(p, row, column[i]));
-  }
-}
-
 // Brings what the worker's next row needs into L2 while it waits for this one.
 template <int kVectors>
 FW_DEVICE void prefetch_row(const OneShotParams& p, int row, const int (&column)[kVectors],
@@ -203,20 +190,21 @@ FW_DEVICE void one_shot(const OneShotParams& p, RowShared<kBlocks>& shared) {
   const bool has_residual = kHasNorm && p.residual != nullptr;
   int column[kVectors];
   columns_of<kVectors, kBlocks>(p, column);
-  prefetch_before_wait(p, worker, column, kHasNorm);
   if (kBlocks > 1) cluster_barrier();  // no block writes into another before that one has started
   dependency_wait();  // by every thread: what runs after this grid may then rely on its end alone
 
   const bool dead = is_dead(p.group);
-  Words weight[kVectors] = {};
-  if (kEarlyLoads && kHasNorm) load_row(p, p.weight, 0, column, weight);
   int turn = 0;
   for (int row = worker; row < p.num_tokens; row += workers, turn ^= 1) {
     Words own[kVectors] = {};
     char* slot[kVectors];
     const unsigned phase = push_row<kWorld, kVectors, Skew>(p, row, column, dead, own, slot);
     if (kEarlyTrigger) dependents_launch();
+    // What only the norm needs is loaded while the peers' rows are under way, and after the wait for
+    // the kernel before, which may have written it.
     Words residual[kVectors] = {};
+    Words weight[kVectors] = {};
+    if (kEarlyLoads && kHasNorm) load_row(p, p.weight, 0, column, weight);
     if (kEarlyLoads && has_residual) load_row(p, p.residual, row, column, residual);
     if (row < p.num_tokens - workers) prefetch_row(p, row + workers, column, has_residual);
     Skew::before_take(p.group.rank, row);

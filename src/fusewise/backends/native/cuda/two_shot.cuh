@@ -1,15 +1,17 @@
 // Two-shot push: every rank reduces its share of the columns and sends the result to everybody.
 //
 // Per tile of rows: (1) scatter: send each peer its columns; (2) reduce: take one's own columns of
-// all ranks, add in rank order in fp32, add the residual, round, send the rounded columns and the
-// partial sum of squares of the unrounded ones; (3) add the partial sums in rank order; (4) gather:
-// take the peers' columns and normalise. Every rank normalises the same rounded columns with the
-// same sum, so all get the same bits. A message crosses each link 2 (world - 1) / world times.
+// all ranks, add in rank order in fp32, add the residual, round, send the rounded columns and, per
+// unit, the sum of squares of the unrounded ones; (3) gather: take the peers' columns and partial
+// sums, add the latter in a fixed order, and normalise. Every rank normalises the same rounded
+// columns with the same sum, so all get the same bits. A message crosses each link
+// 2 (world - 1) / world times.
 //
 // Slots. Scatter slots have two phases with an epoch per unit (slots.cuh). Gathered columns and
 // partial sums have one: an owner sends either only after it took the scatter of the same call from
 // all ranks, each of which sent it after its kernel of the call before had ended, and with it every
-// read of a gathered slot. An owner without columns sends no partial sum and nobody expects one.
+// read of a gathered slot. An owner without columns in a unit sends no partial sum of it, and nobody
+// expects one.
 //
 // Progress. As one_shot, with tiles for rows: tiles are equal on all ranks (rows_per_tile follows
 // from the shape), taken in rising order, and all blocks are resident. The smallest unfinished tile
@@ -22,8 +24,14 @@
 
 namespace fusewise {
 
+// What a warp keeps of its first unit from reduce() to the end; of further units it reads it back.
+struct Kept {
+  Words sum;       // this rank's rounded columns
+  unsigned epoch;  // as read; raised at the end of the tile, when nobody reads it any more
+};
+
 template <int kWorld>
-FW_DEVICE void scatter(const Tile<kWorld>& tile, const TwoShotShared& shared) {
+FW_DEVICE void scatter(const Tile<kWorld>& tile) {
   const TwoShotParams& p = tile.p;
   const int rank = p.group.rank;
   const int lane = thread_index() % kWarp;
@@ -31,6 +39,7 @@ FW_DEVICE void scatter(const Tile<kWorld>& tile, const TwoShotShared& shared) {
   const int count = tile.units() * (kWorld - 1);
   for (int i = thread_index() / kWarp; i < count; i += warps * kAhead) {
     Words v[kAhead];
+    unsigned epoch[kAhead];
     Piece piece[kAhead];
     FW_UNROLL
     for (int j = 0; j < kAhead; ++j) {
@@ -39,42 +48,58 @@ FW_DEVICE void scatter(const Tile<kWorld>& tile, const TwoShotShared& shared) {
       if (number >= count) piece[j].column = -1;
       if (piece[j].column < 0) continue;
       v[j] = load_words(static_cast<const char*>(p.x) + tile.place(piece[j]));
+      epoch[j] = tile.epoch(piece[j].unit);
     }
     FW_UNROLL
     for (int j = 0; j < kAhead; ++j) {
-      if (piece[j].column < 0) continue;
-      const unsigned phase = shared.epoch[piece[j].unit] & 1u;
+      if (piece[j].column < 0 || tile.dead) continue;
       const long long unit = tile.global_unit(piece[j].unit);
-      const long long offset = slot_offset<kWorld>(p.group, phase, unit, lane);
+      const long long offset = slot_offset<kWorld>(p.group, epoch[j] & 1u, unit, lane);
       char* slot = p.group.slots[piece[j].owner] + offset;
       push_words(slot + dense(rank, piece[j].owner) * kUnitBytes, canonical(v[j]));
     }
   }
 }
 
+// Sends the sum of squares of this rank's columns in a unit to every peer: a lane each.
+template <int kWorld>
+FW_DEVICE void send_squares(const Tile<kWorld>& tile, TwoShotShared& shared, int unit, float sum) {
+  const int rank = tile.p.group.rank;
+  const int lane = thread_index() % kWarp;
+  const unsigned word = canonical_word(bits_of(sum));
+  if (lane == 0) shared.squares[unit * kWorld + rank] = float_of(word);
+  if (lane >= kWorld - 1 || tile.dead || !tile.has_columns(unit, rank)) return;
+  const int peer = (rank + 1 + lane) % kWorld;
+  push_word(partial_slot<kWorld>(tile.p.group, peer, rank, tile.global_unit(unit)), word);
+}
+
 template <class Type, int kWorld, Output kOutput>
-FW_DEVICE void reduce(const Tile<kWorld>& tile, TwoShotShared& shared) {
+FW_DEVICE Kept reduce(const Tile<kWorld>& tile, TwoShotShared& shared) {
   const TwoShotParams& p = tile.p;
   const int lane = thread_index() % kWarp;
   const bool has_residual = kOutput != Output::kSum && p.residual != nullptr;
   void* sums = kOutput == Output::kSum ? p.output.out : p.residual_out;
+  Kept kept = {};
   for (int i = thread_index() / kWarp; i < tile.units(); i += thread_count() / kWarp) {
     const Piece piece = tile.piece(i, 1, p.group.rank);
+    const unsigned epoch = tile.epoch(i);
+    const bool first = i < thread_count() / kWarp;
+    if (first) kept.epoch = epoch;
     float squares = 0.0f;
     if (piece.column >= 0) {
-      Words own = canonical(load_words(static_cast<const char*>(p.x) + tile.place(piece)));
-      if (tile.dead) own = empty_slot();
+      Words own = load_words(static_cast<const char*>(p.x) + tile.place(piece));
       Words residual = {};
       if (has_residual) {
         residual = load_words(static_cast<const char*>(p.residual) + tile.place(piece));
       }
-      const unsigned phase = shared.epoch[i] & 1u;
+      const unsigned phase = epoch & 1u;
       const long long unit = tile.global_unit(i);
       char* slot = tile.dead ? nullptr
                              : p.group.slots[p.group.rank] +
                                    slot_offset<kWorld>(p.group, phase, unit, lane);
       Words got[1][kWorld - 1] = {};
       take_from_peers<kWorld, 1>(p.group, &slot, piece.row, phase, got);
+      own = tile.dead ? empty_slot() : canonical(own);
       Floats<Type> total = unpack<Type>(of_rank<kWorld>(0, p.group.rank, got[0], own));
       FW_UNROLL
       for (int source = 1; source < kWorld; ++source) {
@@ -87,107 +112,99 @@ FW_DEVICE void reduce(const Tile<kWorld>& tile, TwoShotShared& shared) {
                               rounded);
       }
       store_words(static_cast<char*>(sums) + tile.place(piece), rounded);
+      if (first) kept.sum = rounded;
       squares = sum_of_squares<Type>(total);
     }
-    if (kOutput == Output::kSum) continue;
-    const float sum = warp_sum(squares);
-    if (lane == 0) shared.squares[i] = sum;
+    if (kOutput != Output::kSum) send_squares(tile, shared, i, warp_sum(squares));
   }
+  return kept;
 }
 
-// This rank's part of a row's sum of squares, its units in order.
+// Waits for the peers' partial sums, a thread each; afterwards every thread finds its rows' scales
+// in shared memory. Every rank adds the same words in the same order.
 template <int kWorld>
-FW_DEVICE float own_squares(const Tile<kWorld>& tile, const TwoShotShared& shared, int row) {
-  float sum = 0.0f;
-  for (int i = 0; i < tile.p.shard_units; ++i) {
-    sum += shared.squares[row * tile.p.shard_units + i];
-  }
-  return sum;
-}
-
-// Exchanges the partial sums; afterwards every thread finds its rows' scales in shared memory.
-template <int kWorld>
-FW_DEVICE void exchange_squares(const Tile<kWorld>& tile, TwoShotShared& shared) {
+FW_DEVICE void await_scales(const Tile<kWorld>& tile, TwoShotShared& shared) {
   const TwoShotParams& p = tile.p;
   const int rank = p.group.rank;
-  block_barrier();  // all of shared.squares is written
-  if (!tile.dead && rank * p.shard_vectors < p.row_vectors) {
-    for (int i = thread_index(); i < tile.rows * (kWorld - 1); i += thread_count()) {
-      const int row = i / (kWorld - 1);
-      const int peer = (rank + 1 + i % (kWorld - 1)) % kWorld;
-      const unsigned word = canonical_word(bits_of(own_squares(tile, shared, row)));
-      push_word(partial_slot<kWorld>(p.group, peer, rank, tile.first_row + row), word);
-    }
-  }
-  for (int row = thread_index(); row < tile.rows; row += thread_count()) {
-    float sum = 0.0f;
-    for (int source = 0; source < kWorld && source * p.shard_vectors < p.row_vectors; ++source) {
-      if (source == rank) {
-        sum += float_of(canonical_word(bits_of(own_squares(tile, shared, row))));
-        continue;
-      }
-      char* slot = partial_slot<kWorld>(p.group, rank, source, tile.first_row + row);
+  for (int i = thread_index(); i < tile.units() * kWorld; i += thread_count()) {
+    const int unit = i / kWorld;
+    const int source = i % kWorld;
+    if (source == rank) continue;
+    unsigned word = tile.dead ? kSentinel : 0;
+    if (!tile.dead && tile.has_columns(unit, source)) {
+      char* slot = partial_slot<kWorld>(p.group, rank, source, tile.global_unit(unit));
       Patience patience;
-      unsigned word = tile.dead ? kSentinel : peek_word(slot);
-      while (word == kSentinel && !tile.dead &&
-             patience.more(p.group, tile.first_row + row, kPartialPhase, source)) {
+      do {
         word = peek_word(slot);
-      }
-      if (!tile.dead) push_word(slot, kSentinel);
-      sum += float_of(word);
+      } while (word == kSentinel && patience.more(p.group, tile.first_row + unit / p.shard_units,
+                                                  kPartialPhase, source));
+      push_word(slot, kSentinel);
     }
+    shared.squares[i] = float_of(word);
+  }
+  block_barrier();  // all of shared.squares is written
+  for (int row = thread_index() / kWarp; row < tile.rows; row += thread_count() / kWarp) {
+    const int count = p.shard_units * kWorld;
+    float sum = 0.0f;
+    for (int i = thread_index() % kWarp; i < count; i += kWarp) {
+      sum += shared.squares[row * count + i];
+    }
+    sum = warp_sum(sum);
+    if (thread_index() % kWarp != 0) continue;
     shared.scale[row] = reciprocal_sqrt(sum * p.inverse_hidden_size + p.eps);
   }
   block_barrier();  // all of shared.scale is written
 }
 
-// Waits until every piece that has a slot is full; after a time-out the missing words are NaN.
-FW_DEVICE void await_pieces(const GroupParams& group, const Piece (&piece)[kAhead],
-                            char* const (&slot)[kAhead], Words (&v)[kAhead]) {
-  Patience patience;
-  for (;;) {
-    int row = -1;
-    int owner = 0;
-    FW_UNROLL
-    for (int j = 0; j < kAhead; ++j) {
-      if (slot[j] != nullptr && !complete(v[j])) {
-        row = piece[j].row;
-        owner = piece[j].owner;
-        v[j] = peek_words(slot[j]);
-      }
-    }
-    if (row < 0 || !patience.more(group, row, kGatherPhase, owner)) return;
-  }
-}
+// Up to kAhead gathered vectors that a thread has asked for.
+template <int kWorld>
+struct Gathered {
+  Piece piece[kAhead];
+  char* slot[kAhead];
+  Words v[kAhead];
+  Words weight[kAhead];
 
-template <class Type, int kWorld, Output kOutput>
-FW_DEVICE void gather(const Tile<kWorld>& tile, const TwoShotShared& shared) {
-  const TwoShotParams& p = tile.p;
-  const int rank = p.group.rank;
-  const int lane = thread_index() % kWarp;
-  const int warps = thread_count() / kWarp;
-  const int count = tile.units() * (kWorld - 1);
-  void* sums = kOutput == Output::kSum ? p.output.out : p.residual_out;
-  for (int i = thread_index() / kWarp; i < count; i += warps * kAhead) {
-    Piece piece[kAhead];
-    char* slot[kAhead];
-    Words v[kAhead];
-    Words weight[kAhead] = {};
+  FW_DEVICE void ask(const Tile<kWorld>& tile, int first, bool with_weight) {
+    const TwoShotParams& p = tile.p;
+    const int rank = p.group.rank;
+    const int count = tile.units() * (kWorld - 1);
     FW_UNROLL
     for (int j = 0; j < kAhead; ++j) {
-      const int number = i + j * warps;
+      const int number = first + j * (thread_count() / kWarp);
       piece[j] = tile.piece(number, kWorld - 1, rank + 1);
       if (number >= count) piece[j].column = -1;
       const long long unit = tile.global_unit(piece[j].unit);
-      slot[j] = p.group.slots[rank] + slot_offset<kWorld>(p.group, kGatherPhase, unit, lane) +
-                dense(piece[j].owner, rank) * kUnitBytes;
+      slot[j] = p.group.slots[rank] + dense(piece[j].owner, rank) * kUnitBytes +
+                slot_offset<kWorld>(p.group, kGatherPhase, unit, thread_index() % kWarp);
       if (piece[j].column < 0 || tile.dead) slot[j] = nullptr;
       v[j] = slot[j] != nullptr ? peek_words(slot[j]) : empty_slot();
-      if (kOutput == Output::kNorm && piece[j].column >= 0) {
-        weight[j] = weight_at(p, piece[j].column);
-      }
+      weight[j] = Words{};
+      if (with_weight && piece[j].column >= 0) weight[j] = weight_at(p, piece[j].column);
     }
-    await_pieces(p.group, piece, slot, v);
+  }
+
+  // Waits until every piece that has a slot is full; after a time-out the missing words are NaN.
+  FW_DEVICE void await(const GroupParams& group) {
+    Patience patience;
+    for (;;) {
+      int row = -1;
+      int owner = 0;
+      FW_UNROLL
+      for (int j = 0; j < kAhead; ++j) {
+        if (slot[j] != nullptr && !complete(v[j])) {
+          row = piece[j].row;
+          owner = piece[j].owner;
+          v[j] = peek_words(slot[j]);
+        }
+      }
+      if (row < 0 || !patience.more(group, row, kGatherPhase, owner)) return;
+    }
+  }
+
+  template <class Type, Output kOutput>
+  FW_DEVICE void write(const Tile<kWorld>& tile, const TwoShotShared& shared) {
+    const TwoShotParams& p = tile.p;
+    void* sums = kOutput == Output::kSum ? p.output.out : p.residual_out;
     FW_UNROLL
     for (int j = 0; j < kAhead; ++j) {
       if (piece[j].column < 0) continue;
@@ -199,16 +216,43 @@ FW_DEVICE void gather(const Tile<kWorld>& tile, const TwoShotShared& shared) {
       }
     }
   }
+};
+
+// One tile from the first load to the last store of its sums and norms.
+template <class Type, int kWorld, Output kOutput, bool kEarlyTrigger, class Skew>
+FW_DEVICE void run_tile(const Tile<kWorld>& tile, TwoShotShared& shared) {
+  const int warp = thread_index() / kWarp;
+  const int warps = thread_count() / kWarp;
+  const int rank = tile.p.group.rank;
+  Skew::before_push(rank, tile.first_row);
+  scatter(tile);
+  if (kEarlyTrigger) dependents_launch();
+  Skew::before_take(rank, tile.first_row);
+  const Kept kept = reduce<Type, kWorld, kOutput>(tile, shared);
+  // The first vectors are asked for before the partial sums are awaited: one trip, not two.
+  Gathered<kWorld> gathered;
+  gathered.ask(tile, warp, kOutput == Output::kNorm);
+  if (kOutput != Output::kSum) await_scales(tile, shared);
+  for (int i = warp; i < tile.units() * (kWorld - 1); i += warps * kAhead) {
+    if (i != warp) gathered.ask(tile, i, kOutput == Output::kNorm);
+    gathered.await(tile.p.group);
+    gathered.template write<Type, kOutput>(tile, shared);
+  }
+  if (kOutput == Output::kNorm) {
+    write_own<Type>(tile, shared, kept.sum);
+  } else if (kOutput != Output::kSum) {
+    write_fp8<Type, kWorld, kOutput>(tile, shared);
+  }
+  block_barrier();  // nobody reads this tile's epochs or shared memory any more, and all have stored
+  for (int unit = warp; unit < tile.units(); unit += warps) {
+    if (thread_index() % kWarp != 0) continue;
+    const unsigned epoch = unit == warp ? kept.epoch : tile.epoch(unit);
+    store_word(tile.p.group.epochs + tile.global_unit(unit), epoch + 1);
+  }
 }
 
 template <class Type, int kWorld, Output kOutput, bool kEarlyTrigger, class Skew = NoSkew>
 FW_DEVICE void two_shot(const TwoShotParams& p, TwoShotShared& shared) {
-  prefetch(p.group.dead);
-  if (thread_index() < p.rows_per_tile * p.shard_units) {
-    const long long unit = static_cast<long long>(block_index()) * p.rows_per_tile * p.shard_units;
-    const long long at = unit + thread_index();
-    if (at < p.group.unit_capacity) prefetch(p.group.epochs + at);
-  }
   dependency_wait();  // by every thread, as in one_shot
   const bool dead = is_dead(p.group);
   const int tiles = (p.num_tokens + p.rows_per_tile - 1) / p.rows_per_tile;
@@ -216,20 +260,7 @@ FW_DEVICE void two_shot(const TwoShotParams& p, TwoShotShared& shared) {
     const int first_row = number * p.rows_per_tile;
     const int left = p.num_tokens - first_row;
     const Tile<kWorld> tile{p, first_row, left < p.rows_per_tile ? left : p.rows_per_tile, dead};
-    open_tile(tile, shared);
-    Skew::before_push(p.group.rank, first_row);
-    if (!dead) scatter(tile, shared);
-    if (kEarlyTrigger) dependents_launch();
-    Skew::before_take(p.group.rank, first_row);
-    reduce<Type, kWorld, kOutput>(tile, shared);
-    if (kOutput != Output::kSum) exchange_squares(tile, shared);
-    gather<Type, kWorld, kOutput>(tile, shared);
-    if (kOutput == Output::kNorm) {
-      write_own<Type>(tile, shared);
-    } else if (kOutput != Output::kSum) {
-      write_fp8<Type, kWorld, kOutput>(tile, shared);
-    }
-    block_barrier();  // nobody reads this tile's shared memory any more, and all have stored
+    run_tile<Type, kWorld, kOutput, kEarlyTrigger, Skew>(tile, shared);
   }
   if (!kEarlyTrigger) dependents_launch();
 }

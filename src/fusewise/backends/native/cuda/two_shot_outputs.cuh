@@ -21,14 +21,18 @@ FW_DEVICE Words norm_of(const Tile<kWorld>& tile, const TwoShotShared& shared, i
   return pack<Type>(normalise<Type>(unpack<Type>(sum), scale, weight, tile.p.weight_bias));
 }
 
-// The norm of this rank's own columns; each thread reads back what it stored in reduce().
+// The norm of this rank's own columns. `first` is the warp's first unit as reduce() stored it; of
+// further units each thread reads back what it stored.
 template <class Type, int kWorld>
-FW_DEVICE void write_own(const Tile<kWorld>& tile, const TwoShotShared& shared) {
+FW_DEVICE void write_own(const Tile<kWorld>& tile, const TwoShotShared& shared, Words first) {
   const TwoShotParams& p = tile.p;
   for (int i = thread_index() / kWarp; i < tile.units(); i += thread_count() / kWarp) {
     const Piece piece = tile.piece(i, 1, p.group.rank);
     if (piece.column < 0) continue;
-    const Words sum = load_words(static_cast<const char*>(p.residual_out) + tile.place(piece));
+    Words sum = first;
+    if (i >= thread_count() / kWarp) {
+      sum = load_words(static_cast<const char*>(p.residual_out) + tile.place(piece));
+    }
     store_words(static_cast<char*>(p.output.out) + tile.place(piece),
                 norm_of<Type>(tile, shared, piece.row, sum, weight_at(p, piece.column)));
   }

@@ -1,7 +1,6 @@
 // A tile of rows in the two-shot kernel: its pieces, its slots, and what its threads share.
 //
-// Pure addressing, apart from open_tile, which reads and raises the tile's epochs. The protocol is
-// in two_shot.cuh.
+// Pure addressing. The protocol is in two_shot.cuh.
 
 #ifndef FUSEWISE_TWO_SHOT_TILE_CUH
 #define FUSEWISE_TWO_SHOT_TILE_CUH
@@ -35,8 +34,7 @@ struct TwoShotParams {
 };
 
 struct TwoShotShared {
-  unsigned epoch[kMaxTileUnits];
-  float squares[kMaxTileUnits];  // per row and unit of this rank's columns
+  float squares[kMaxTileUnits * kMaxRanks];  // per unit and owner: the partial sums
   float scale[kMaxTileRows];
 };
 
@@ -71,6 +69,15 @@ struct Tile {
     return piece;
   }
 
+  // Whether the owner has columns in this unit: the last owners of a narrow row may have none.
+  FW_DEVICE bool has_columns(int unit, int owner) const {
+    return owner * p.shard_vectors + unit % p.shard_units * kWarp < p.row_vectors;
+  }
+
+  FW_DEVICE unsigned epoch(int unit) const {
+    return load_word(p.group.epochs + global_unit(unit));
+  }
+
   FW_DEVICE long long global_unit(int unit) const {
     return static_cast<long long>(first_row) * p.shard_units + unit;
   }
@@ -82,23 +89,11 @@ struct Tile {
 
 FW_DEVICE int dense(int source, int owner) { return source - (source > owner ? 1 : 0); }
 
+// Where the partial sum of an owner's unit arrives: a word per unit and source, behind the vectors.
 template <int kWorld>
-FW_DEVICE char* partial_slot(const GroupParams& group, int receiver, int source, int row) {
+FW_DEVICE char* partial_slot(const GroupParams& group, int receiver, int source, long long unit) {
   const long long before = 3 * group.unit_capacity * (kWorld - 1) * kUnitBytes;
-  const long long word = static_cast<long long>(row) * (kWorld - 1) + dense(source, receiver);
-  return group.slots[receiver] + before + word * 4;
-}
-
-// Reads the epochs of the tile's units, and raises them for the next call.
-template <int kWorld>
-FW_DEVICE void open_tile(const Tile<kWorld>& tile, TwoShotShared& shared) {
-  for (int unit = thread_index(); unit < tile.units(); unit += thread_count()) {
-    unsigned* at = tile.p.group.epochs + tile.global_unit(unit);
-    const unsigned epoch = load_word(at);
-    store_word(at, epoch + 1);
-    shared.epoch[unit] = epoch;
-  }
-  block_barrier();
+  return group.slots[receiver] + before + (unit * (kWorld - 1) + dense(source, receiver)) * 4;
 }
 
 }  // namespace fusewise
