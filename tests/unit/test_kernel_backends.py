@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from fusewise.backends.base import select_variant
 from fusewise.backends.native import backend as native_base
 from fusewise.backends.native.cuda.launch import Kernels
 from fusewise.backends.native.fp8 import Fp8
@@ -150,6 +151,37 @@ def test_two_shot_tells_the_kernel_its_shards(monkeypatch: pytest.MonkeyPatch) -
     sent = driver.launches[0]
     assert (sent.row_vectors, sent.shard_vectors, sent.shard_units) == (360, 90, 3)
     assert sent.rows_per_tile == 1
+
+
+def test_a_selected_variant_runs_for_its_operation_and_shape_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    backend, driver = built(monkeypatch)
+    backend.all_reduce(rows(3))
+    backend.select("all_reduce", Shape(3, 2048), "v2")
+    for x, vectors in ((rows(3), 2), (rows(4), 1)):
+        backend.all_reduce(x)
+        assert driver.loads[-1].vectors == vectors
+    backend.all_reduce_rms_norm(rows(3), None, rows(1).view(-1), 1e-6)
+    assert (driver.loads[-1].vectors, driver.loads[-1].output) == (1, "kNorm")
+    backend.select("all_reduce", Shape(3, 2048), "")
+    backend.all_reduce(rows(3))
+    assert driver.loads[-1].vectors == 1
+
+
+def test_a_path_names_the_variant_or_a_reason_why_the_default_runs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    backend, driver = built(monkeypatch)
+    shape, op = Shape(3, 2048), "all_reduce_rms_norm"
+    reason = select_variant(backend, op, shape, "native.one_shot:v9")
+    assert reason is not None and "no such variant" in reason
+    assert select_variant(backend, op, shape, "native.one_shot") is None
+    backend.all_reduce_rms_norm(rows(), None, rows(1).view(-1), 1e-6)
+    assert not driver.loads[-1].early_trigger
+    assert select_variant(backend, op, shape, "native.one_shot:early") is None
+    backend.all_reduce_rms_norm(rows(), None, rows(1).view(-1), 1e-6)
+    assert driver.loads[-1].early_trigger
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ import fusewise.backends.native.cuda
 from fusewise.backends.native import variants
 from fusewise.backends.native.variants import LaunchShape, block_limit, bound, widest_row
 from fusewise.errors import InputError
+from fusewise.operation import PATH_PATTERN, backend_of, variant_of, variant_path
 from fusewise.shape import Shape
 
 KERNELS = Path(fusewise.backends.native.cuda.__file__).parent
@@ -164,3 +166,54 @@ def constant(file: str, name: str) -> int:
     found = re.search(rf"constexpr \w+ {name} = (0x[0-9a-f]+|\d+)u?;", (KERNELS / file).read_text())
     assert found, f"{name} is not in {file}"
     return int(found[1], 0)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "shape", "world_size", "sm", "names"),
+    [
+        ("one_shot", Shape(16, 2048), 2, 90, {"v2", "v1b2", "v2b2"}),
+        ("one_shot", Shape(16, 2048), 2, 80, {"v2"}),  # no clusters
+        ("one_shot", Shape(16, 8200), 2, 90, {"v1b2"}),  # 1025 vectors: too many threads for v1
+        ("two_shot", Shape(16, 2048), 8, 90, {"r2"}),
+        ("two_shot", Shape(600, 2048), 8, 90, {"r1"}),
+        ("two_shot", Shape(16, 65536), 4, 90, set()),  # a row fills a tile
+    ],
+)
+def test_candidates_launch_differently_and_take_the_row(
+    kernel: Any, shape: Shape, world_size: int, sm: int, names: set[str]
+) -> None:
+    found = variants.candidates(kernel, shape, world_size, sm)
+    assert set(found) == names
+    make = getattr(LaunchShape, kernel)
+    launches = {make(shape, world_size, sm, "kNorm")} | {
+        make(shape, world_size, sm, "kNorm", variants.variant(kernel, name)) for name in found
+    }
+    assert len(launches) == 1 + len(found)
+
+
+@pytest.mark.parametrize("kernel", ["one_shot", "two_shot"])
+def test_the_early_trigger_is_there_and_never_a_candidate(kernel: Any) -> None:
+    early = variants.variant(kernel, "early")
+    shape = Shape(16, 4096)
+    launch = getattr(LaunchShape, kernel)(shape, 4, 90, "kNorm", early)
+    default = getattr(LaunchShape, kernel)(shape, 4, 90, "kNorm")
+    assert launch.instance.early_trigger and not default.instance.early_trigger
+    assert launch.threads == default.threads
+    assert "early" not in variants.candidates(kernel, shape, 4, 90)
+
+
+def test_a_variant_that_does_not_take_the_row_is_refused() -> None:
+    with pytest.raises(InputError, match="1 vectors per thread and 1 blocks per row"):
+        LaunchShape.one_shot(Shape(1, 16384), 2, 90, "kNorm", variants.variant("one_shot", "v1"))
+    with pytest.raises(InputError, match="one block below sm_90"):
+        LaunchShape.one_shot(Shape(1, 2048), 2, 80, "kNorm", variants.variant("one_shot", "v1b2"))
+    with pytest.raises(InputError, match="no such variant"):
+        variants.variant("two_shot", "v1")
+
+
+def test_variant_names_are_good_in_a_path() -> None:
+    for kernel, named in variants.VARIANTS.items():
+        for name in named:
+            path = variant_path(f"native.{kernel}", name)
+            assert re.fullmatch(PATH_PATTERN, path)
+            assert (backend_of(path), variant_of(path)) == (f"native.{kernel}", name)

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 
 from fusewise.backends.norm import residual_rms_norm
-from fusewise.operation import Op, unfused_path
+from fusewise.errors import InputError
+from fusewise.operation import Op, unfused_path, variant_of
 from fusewise.profiles.schema import Numerics, PathRecord
 from fusewise.shape import Shape
 
@@ -99,6 +100,21 @@ class Backend(ABC):
         """
         return residual_rms_norm(self.all_reduce(x), residual, weight, eps, weight_bias)
 
+    def variants(self, shape: Shape) -> tuple[str, ...]:
+        """Names of configurations worth measuring beside the default at this shape."""
+        return ()
+
+    def select(self, op: Op, shape: Shape, variant: str) -> None:
+        """Makes calls of one operation and shape run a variant from now on; "" is the default.
+
+        Every rank selects the same. Graphs captured before keep what they captured.
+
+        Raises:
+            InputError: there is no such variant, or it does not take the shape.
+        """
+        if variant:
+            raise InputError(f"{self.id} has no variants", got=f"{variant!r} for {op} at {shape}")
+
     def capture_begin(self) -> None:  # noqa: B027  most have nothing to register
         """Called on all ranks before a CUDA graph capture that ``capture_end`` will follow."""
 
@@ -136,3 +152,15 @@ class Backend(ABC):
 def shape_of(x: Tensor) -> Shape:
     """The shape of a checked two-dimensional tensor."""
     return Shape(x.shape[0], x.shape[1], DTYPE_NAMES[x.dtype])  # type: ignore[arg-type]
+
+
+def select_variant(backend: Backend, op: Op, shape: Shape, path: str) -> str | None:
+    """Selects the variant that a path names; the reason if the default must run instead."""
+    name = variant_of(path)
+    if not name:
+        return None
+    try:
+        backend.select(op, shape, name)
+    except InputError as error:
+        return str(error)
+    return None

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from fusewise.backends.base import shape_of
+from fusewise.backends.base import select_variant, shape_of
 from fusewise.backends.norm import residual_rms_norm
 from fusewise.backends.registry import all_ids, baseline_id, select
 from fusewise.backends.steps import build_backend
@@ -256,6 +256,8 @@ class Communicator:
         if refused:
             self._tell(f"{band.path} does not take {shape}: {refused}; {self._baseline} runs")
             return self._backends[self._baseline]
+        if reason := select_variant(backend, op, shape, band.path):
+            self._tell(f"{band.path} at {shape}: {reason}; {backend.id} runs")
         return backend
 
     def _tell(self, message: str) -> None:

@@ -7,7 +7,7 @@ names the provider whose code runs, so that the supervisor can tell whose fault 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any
@@ -16,11 +16,18 @@ import fusewise
 from fusewise.backends.registry import baseline_id, ids_for, select
 from fusewise.errors import UnavailableError, VerificationError
 from fusewise.node import HARDWARE, SOFTWARE
-from fusewise.operation import Op, unfused_path
+from fusewise.operation import Op, backend_of, unfused_path, variant_of
 from fusewise.profiles.match import as_it_counts
 from fusewise.profiles.merge import LEFT_OUT, extended
 from fusewise.profiles.plan import decide_points
-from fusewise.profiles.schema import Exclusion, Profile, Provenance, Sample, parse_profile
+from fusewise.profiles.schema import (
+    Exclusion,
+    PathRecord,
+    Profile,
+    Provenance,
+    Sample,
+    parse_profile,
+)
 from fusewise.ranks.agreement import fingerprint_of
 from fusewise.ranks.group import Group
 from fusewise.shape import Shape
@@ -204,12 +211,15 @@ def _measure_point(tune: Tune, op: Op, shape: Shape) -> None:
     group, runners = tune.group, []
     buffers = Buffers(tune.arena, shape)
     for backend in taking(tune.worker, tune.candidates, op, shape):
+        variants = ("", *backend.variants(shape))
         try:
-            verify(backend, group, op, shape, seed=shape.num_tokens)
+            for variant in variants:
+                backend.select(op, shape, variant)
+                verify(backend, group, op, shape, seed=shape.num_tokens)
         except VerificationError as error:
             _quarantine(tune, backend, str(error))
             continue
-        runners.append(Runner(backend, op, buffers))
+        runners += [Runner(backend, op, buffers, variant) for variant in variants]
     tune.worker.phase(f"time {op} {shape}", None, STEP_S)
     tune.samples += measured(group, runners, op, shape, tune.settings.rounds)
 
@@ -218,9 +228,18 @@ def _quarantine(tune: Tune, backend: Backend, reason: str) -> None:
     """Wrong once is out: its earlier timings go too."""
     _exclude(tune, backend.id, reason)
     tune.candidates.remove(backend)
-    names = (backend.id, backend.path_name())
-    tune.samples = [sample for sample in tune.samples if sample.path not in names]
+    tune.samples = [one for one in tune.samples if backend_of(one.path) != backend.id]
     backend.close()
+
+
+def _records(tune: Tune) -> Iterator[PathRecord]:
+    """Every candidate's own path, then those of its variants that were measured."""
+    measured = {one.path for one in tune.samples if variant_of(one.path)}
+    for backend in tune.candidates:
+        yield (record := backend.record())
+        for path in sorted(measured):
+            if backend_of(path) == backend.id:
+                yield record.model_copy(update={"name": path})
 
 
 def _profile(tune: Tune) -> Profile:
@@ -237,7 +256,7 @@ def _profile(tune: Tune) -> Profile:
         fingerprint=tune.node,
         dtype=tune.settings.dtype,
         baseline=tune.baseline,
-        paths=tuple(backend.record() for backend in tune.candidates),
+        paths=tuple(_records(tune)),
         samples=tuple(tune.samples),
         excluded=tuple(
             Exclusion(backend=backend, reason=reason[:2000])

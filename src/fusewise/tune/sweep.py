@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
-from fusewise.operation import is_unfused
+from fusewise.operation import backend_of, is_unfused
 from fusewise.profiles.plan import Point
 from fusewise.shape import DType, Shape, size_grid
 
@@ -33,7 +33,7 @@ def coarse_order(
 
 
 def next_shapes(points: Mapping[int, Sequence[Point]], providers: Mapping[str, str]) -> list[Shape]:
-    """Midpoints of every pair of neighbours between which a winner changes.
+    """Midpoints of every pair of neighbours between which the winning backend changes.
 
     Args:
         points: hidden size → decided points in ascending size.
@@ -45,7 +45,7 @@ def next_shapes(points: Mapping[int, Sequence[Point]], providers: Mapping[str, s
         for before, after in pairwise(column):
             middle = _between(before.shape, after.shape)
             if middle and (
-                before.chosen != after.chosen
+                backend_of(before.chosen) != backend_of(after.chosen)
                 or any(
                     _leads(before, fused) is not _leads(after, fused)
                     for fused in _families(providers)

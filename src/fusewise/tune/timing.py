@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fusewise.operation import Op
+from fusewise.operation import Op, variant_path
 from fusewise.profiles.schema import Sample
 from fusewise.shape import Shape
 from fusewise.tune.settings import ROUNDS
@@ -78,11 +78,12 @@ def calls_per_round(kind: str, shape: Shape) -> int:
 class Runner:
     """One candidate at one shape, ready to be timed; on GPUs a captured graph of its calls.
 
-    Constructing is collective.
+    Constructing is collective, and selects the variant for good on GPUs only: the graph keeps it.
     """
 
-    def __init__(self, backend: Backend, op: Op, buffers: Buffers) -> None:
-        self.path = backend.path_name(op)
+    def __init__(self, backend: Backend, op: Op, buffers: Buffers, variant: str = "") -> None:
+        self.path = variant_path(backend.path_name(op), variant)
+        backend.select(op, buffers.shape, variant)
         self.calls = buffers.calls
         self._cuda = backend.group.device.type == "cuda"
         call = bound_call(backend, op, buffers)

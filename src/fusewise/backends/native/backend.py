@@ -72,6 +72,7 @@ class NativeBackend(Backend):
         self._workspace = Workspace(group, self._room(max_shape), self.id)
         self._status = Status.from_address(self._workspace.status.data_ptr())
         self._launches: dict[Any, PreparedLaunch] = {}
+        self._selected: dict[tuple[bool, Shape], str] = {}  # variants, by (fused, shape)
         self._index = group.device.index
         self._last_stream = 0
         try:
@@ -109,7 +110,8 @@ class NativeBackend(Backend):
             units=workspace.region.layout.units,
             timeout_s=group.timeout_s,
         )
-        kernel = self.kernel(shape, group.world_size, self._kernels.sm, output, params)
+        variant = self._selected.get((output != "kSum", shape), "")
+        kernel = self.kernel(shape, group.world_size, self._kernels.sm, output, params, variant)
         return self._kernels.prepare(*kernel)
 
     def admits(self, shape: Shape) -> str | None:

@@ -6,21 +6,51 @@ the sums, and waits twice for less data. ``docs/kernels.md`` models where each i
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, ClassVar
+
 from fusewise.backends.native.backend import NativeBackend
+from fusewise.backends.native.cuda.params import GroupParams
 from fusewise.backends.native.cuda.prepare import one_shot, two_shot
-from fusewise.backends.native.variants import VECTOR_BYTES, WORLD_SIZES, vectors_per_row, widest_row
+from fusewise.backends.native.variants import (
+    VECTOR_BYTES,
+    WORLD_SIZES,
+    Kernel,
+    candidates,
+    vectors_per_row,
+    widest_row,
+)
 from fusewise.backends.native.workspace import SlotLayout
 from fusewise.shape import Shape
+
+if TYPE_CHECKING:
+    from fusewise.operation import Op
 
 # One-shot stages (world_size - 1) copies of a message twice; at 8 ranks 4 MiB are 56 MiB of slots.
 # Far above the sizes at which two-shot takes over (docs/kernels.md: near 480 KB and 140 KB).
 _ONE_SHOT_MAX_BYTES = {2: 2**62, 4: 16 * 2**20, 8: 4 * 2**20}
 
 
-class OneShot(NativeBackend):
+class _Varied(NativeBackend):
+    """A backend whose kernel has variants; they share its workspace and its votes."""
+
+    kernel_name: ClassVar[Kernel]
+
+    def variants(self, shape: Shape) -> tuple[str, ...]:
+        return candidates(self.kernel_name, shape, self.group.world_size, self._kernels.sm)
+
+    def select(self, op: Op, shape: Shape, variant: str) -> None:
+        self.kernel(
+            shape, self.group.world_size, self._kernels.sm, "kNorm", GroupParams(), variant
+        )  # refuses here, not in a call
+        self._selected[op != "all_reduce", shape] = variant
+        self._launches.clear()
+
+
+class OneShot(_Varied):
     """Every rank sends its rows to every peer; each adds and normalises all rows itself."""
 
     id = "native.one_shot"
+    kernel_name = "one_shot"
     world_sizes = WORLD_SIZES
     kernel = staticmethod(one_shot)
 
@@ -40,10 +70,11 @@ class OneShot(NativeBackend):
         return super().admits(shape)
 
 
-class TwoShot(NativeBackend):
+class TwoShot(_Varied):
     """Every rank reduces its share of the columns and sends the sums to every peer."""
 
     id = "native.two_shot"
+    kernel_name = "two_shot"
     world_sizes = (4, 8)  # two ranks would send the same bytes as one-shot, in two trips
     kernel = staticmethod(two_shot)
 

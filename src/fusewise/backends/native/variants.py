@@ -1,7 +1,8 @@
 """Which kernel instance runs a shape, and with how many threads: pure functions of the shape.
 
-Every rank computes the same configuration from the same shape; nothing here asks the device. What
-was tried on hardware is said beside each constant; ``docs/kernels.md`` has the numbers.
+A default from the shape, and named variants of it; all of one kernel share its workspace, because a
+slot's place depends on neither. Every rank computes the same configuration from the same shape and
+name; nothing here asks the device. ``docs/kernels.md`` has the numbers behind the constants.
 """
 
 from __future__ import annotations
@@ -78,6 +79,71 @@ class Instance:
 
 
 @dataclass(frozen=True)
+class Variant:
+    """How a launch departs from the shape's default; None is as the default has it.
+
+    Args:
+        vectors: 16-byte vectors per thread.
+        blocks: blocks of one cluster that share a row.
+        rows_per_tile: rows that a two-shot block handles together.
+        early_trigger: lets the next dependent launch begin before this one's outputs are written.
+            Right only where the next kernel waits (``griddepcontrol.wait``) before it reads them.
+    """
+
+    vectors: int | None = None
+    blocks: int | None = None
+    rows_per_tile: int | None = None
+    early_trigger: bool = False
+
+
+DEFAULT = Variant()
+EARLY = Variant(early_trigger=True)
+VARIANTS: dict[Kernel, dict[str, Variant]] = {
+    "one_shot": {
+        "early": EARLY,
+        "v1": Variant(vectors=1, blocks=1),
+        "v2": Variant(vectors=2, blocks=1),
+        "v1b2": Variant(vectors=1, blocks=2),
+        "v2b2": Variant(vectors=2, blocks=2),
+    },
+    "two_shot": {"early": EARLY, "r1": Variant(rows_per_tile=1), "r2": Variant(rows_per_tile=2)},
+}
+
+
+def variant(kernel: Kernel, name: str) -> Variant:
+    """The variant of that name; an empty name is the default.
+
+    Raises:
+        InputError: this version has none of that name.
+    """
+    if not name:
+        return DEFAULT
+    if name not in VARIANTS[kernel]:
+        names = ", ".join(VARIANTS[kernel])
+        raise InputError(f"native.{kernel} has no such variant", expected=names, got=repr(name))
+    return VARIANTS[kernel][name]
+
+
+def candidates(kernel: Kernel, shape: Shape, world_size: int, sm: int) -> tuple[str, ...]:
+    """Names of the variants worth measuring at a shape: each launches differently.
+
+    The early trigger is never among them: in a chain of our own calls it always looks faster, and
+    in a model, between kernels that are no dependent launches, it changes nothing.
+    """
+    make = LaunchShape.one_shot if kernel == "one_shot" else LaunchShape.two_shot
+    seen, found = {make(shape, world_size, sm, "kNorm")}, []
+    for name, one in VARIANTS[kernel].items():
+        try:
+            launch = make(shape, world_size, sm, "kNorm", one)
+        except InputError:  # too wide a row for it
+            continue
+        if launch not in seen and not one.early_trigger:
+            seen.add(launch)
+            found.append(name)
+    return tuple(found)
+
+
+@dataclass(frozen=True)
 class LaunchShape:
     """How one instance is launched for one message; the grid is capped by what fits the device.
 
@@ -96,29 +162,47 @@ class LaunchShape:
     dependent_launch: bool = True
 
     @classmethod
-    def one_shot(cls, shape: Shape, world_size: int, sm: int, output: Output) -> LaunchShape:
+    def one_shot(
+        cls, shape: Shape, world_size: int, sm: int, output: Output, variant: Variant = DEFAULT
+    ) -> LaunchShape:
         """The one-shot kernel for a shape.
 
         Raises:
-            InputError: the row is wider than any instance takes.
+            InputError: the row is wider than any instance, or this variant, takes.
         """
         row_vectors = vectors_per_row(shape)
         vectors, blocks = _split_row(row_vectors, shape.message_bytes, world_size, sm)
+        vectors, blocks = variant.vectors or vectors, variant.blocks or blocks
         threads = round_up(math.ceil(row_vectors / (vectors * blocks)), WARP)
-        instance = Instance("one_shot", shape.dtype, world_size, vectors, blocks, output)
+        if threads > block_limit(world_size, vectors) or (blocks > 1 and sm < 90):
+            raise InputError(
+                f"{vectors} vectors per thread and {blocks} blocks per row",
+                expected=f"up to {block_limit(world_size, vectors)} threads; one block below sm_90",
+                got=f"{threads} threads on sm_{sm}",
+            )
+        instance = Instance(
+            "one_shot", shape.dtype, world_size, vectors, blocks, output, variant.early_trigger
+        )
         bounded = bound(instance, threads)
         return cls(bounded, threads, shape.num_tokens, dependent_launch=sm >= 90)
 
     @classmethod
-    def two_shot(cls, shape: Shape, world_size: int, sm: int, output: Output) -> LaunchShape:
+    def two_shot(
+        cls, shape: Shape, world_size: int, sm: int, output: Output, variant: Variant = DEFAULT
+    ) -> LaunchShape:
         """The two-shot kernel for a shape. Tiles follow from the shape, so ranks agree on them."""
         row_vectors = vectors_per_row(shape)
         shard_units = units_per_row(-(-row_vectors // world_size))
-        rows = min(shape.num_tokens // _BUSY_BLOCKS, _TWO_SHOT_THREADS // WARP // shard_units)
-        rows = max(1, min(rows, MAX_TILE_ROWS))
+        most = max(1, min(_TWO_SHOT_THREADS // WARP // shard_units, MAX_TILE_ROWS))
+        rows = min(max(1, variant.rows_per_tile or shape.num_tokens // _BUSY_BLOCKS), most)
         threads = min(_TWO_SHOT_THREADS, round_up(rows * row_vectors, 2 * WARP))
         instance = Instance(
-            "two_shot", shape.dtype, world_size, output=output, max_threads=_TWO_SHOT_THREADS
+            "two_shot",
+            shape.dtype,
+            world_size,
+            output=output,
+            early_trigger=variant.early_trigger,
+            max_threads=_TWO_SHOT_THREADS,
         )
         tiles = -(-shape.num_tokens // rows)
         return cls(instance, threads, tiles, rows, dependent_launch=sm >= 90)

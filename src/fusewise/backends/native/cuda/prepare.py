@@ -8,7 +8,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from fusewise.backends.native.cuda.params import GroupParams, OneShotParams, TwoShotParams
-from fusewise.backends.native.variants import LaunchShape, Output, units_per_row, vectors_per_row
+from fusewise.backends.native.variants import (
+    LaunchShape,
+    Output,
+    units_per_row,
+    variant,
+    vectors_per_row,
+)
 from fusewise.backends.native.workspace import shard_vectors
 
 if TYPE_CHECKING:
@@ -52,14 +58,14 @@ def group_params(
 
 
 def one_shot(
-    shape: Shape, world_size: int, sm: int, output: Output, group: GroupParams
+    shape: Shape, world_size: int, sm: int, output: Output, group: GroupParams, name: str = ""
 ) -> tuple[LaunchShape, OneShotParams]:
-    """Launch and parameters of the one-shot kernel.
+    """Launch and parameters of the one-shot kernel, in the variant of that name.
 
     Raises:
-        InputError: the row is wider than the kernel takes.
+        InputError: no such variant, or the row is wider than it takes.
     """
-    launch = LaunchShape.one_shot(shape, world_size, sm, output)
+    launch = LaunchShape.one_shot(shape, world_size, sm, output, variant("one_shot", name))
     row_vectors = vectors_per_row(shape)
     return launch, OneShotParams(
         group=group,
@@ -71,10 +77,10 @@ def one_shot(
 
 
 def two_shot(
-    shape: Shape, world_size: int, sm: int, output: Output, group: GroupParams
+    shape: Shape, world_size: int, sm: int, output: Output, group: GroupParams, name: str = ""
 ) -> tuple[LaunchShape, TwoShotParams]:
-    """Launch and parameters of the two-shot kernel."""
-    launch = LaunchShape.two_shot(shape, world_size, sm, output)
+    """Launch and parameters of the two-shot kernel, in the variant of that name."""
+    launch = LaunchShape.two_shot(shape, world_size, sm, output, variant("two_shot", name))
     columns = shard_vectors(shape, world_size)
     return launch, TwoShotParams(
         group=group,
