@@ -12,7 +12,6 @@ import argparse
 import json
 import os
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -37,8 +36,9 @@ from fusewise.ranks.agreement import fingerprint_of
 from fusewise.ranks.group import Group
 from fusewise.run.communicator import Communicator
 from fusewise.shape import Shape, size_grid
+from fusewise.tune.operands import usual
 from fusewise.tune.timing import Arena, Buffers, Runner, captured, interleave
-from fusewise.tune.verify import EPS, check_all_reduce, check_all_reduce_rms_norm
+from fusewise.tune.verify import EPS, check
 
 OPS: tuple[Op, ...] = ("all_reduce_rms_norm", "all_reduce")
 BANDWIDTH_BYTES = 256 * 2**20
@@ -137,13 +137,10 @@ def measure(
 ) -> list[dict[str, Any]]:
     """Verifies and times every path at one shape; one that computes wrongly is left out."""
     buffers, runners = Buffers(arena, shape), []
-    check: Callable[..., Any] = (
-        check_all_reduce if op == "all_reduce" else check_all_reduce_rms_norm
-    )
     for backend in backends:
         if backend.admits(shape) is not None or (op == "all_reduce" and not backend.plain):
             continue
-        if max(group.gather("wrong", check(backend, group, shape, 1).wrong)):
+        if max(group.gather("wrong", check(backend, group, usual(op, shape, 1)).wrong)):
             print(f"{backend.id} is wrong at {shape}")
             continue
         runners.append(Runner(backend, op, buffers))

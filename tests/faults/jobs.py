@@ -13,7 +13,7 @@ from fusewise.backends.shm import OneShot as Shm
 from fusewise.errors import UnavailableError
 from fusewise.profiles.schema import Numerics
 from fusewise.ranks.worker import Worker
-from fusewise.tune import job
+from fusewise.tune import job, stack
 
 
 def misbehave(worker: Worker, request: dict[str, Any]) -> str:
@@ -109,6 +109,17 @@ FAKES: dict[str, type[Backend]] = {
 
 def tune_with_fakes(worker: Worker, request: dict[str, Any]) -> str | None:
     """The real tune with five more candidates, each bad in its own way."""
+    _with_fakes(worker)
+    return job.tune_rank(worker, request)
+
+
+def verify_with_fakes(worker: Worker, request: dict[str, Any]) -> list[dict[str, Any]]:
+    """The real verification with the same candidates."""
+    _with_fakes(worker)
+    return stack.verify_rank(worker, request)
+
+
+def _with_fakes(worker: Worker) -> None:
     real_class, real_phase = registry.backend_class, worker.phase
 
     def backend_class(backend_id: str) -> type[Backend]:
@@ -120,4 +131,3 @@ def tune_with_fakes(worker: Worker, request: dict[str, Any]) -> str | None:
     registry._CPU.update(dict.fromkeys(FAKES, "fakes:none"))
     steps.backend_class = backend_class
     worker.phase = phase  # type: ignore[method-assign]
-    return job.tune_rank(worker, request)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from fusewise.ranks.supervisor import Failure, run_attempt
 from fusewise.ranks.teams import Team, local_team
 from fusewise.tune import supervise
 from fusewise.tune.settings import Settings
+from fusewise.tune.stack_grid import StackGrid
 from tests.faults.jobs import FAKES
 
 TWO = Team(2, (0, 1), (0, 1), PLACES["cpu"])
@@ -114,8 +116,9 @@ SETTINGS = Settings("bfloat16", (64,), 1024, 4096, 10.0, rounds=5, timeout_s=20.
 
 def test_bad_providers_are_excluded_with_their_reasons_and_the_tune_goes_on() -> None:
     events: list[dict[str, Any]] = []
-    document = supervise._until_done(
-        TWO, "tests.faults.jobs:tune_with_fakes", SETTINGS, events.append
+    request = {"settings": asdict(SETTINGS), "known": None}
+    document = supervise.until_done(
+        TWO, "tests.faults.jobs:tune_with_fakes", request, SETTINGS.timeout_s, events.append
     )
     profile = supervise.parse_profile(document, "the profile")
     good = {"gloo + rms_norm", "shm.one_shot"}
@@ -128,6 +131,25 @@ def test_bad_providers_are_excluded_with_their_reasons_and_the_tune_goes_on() ->
     assert "made no progress in time at 'verify fake.spins'" in reasons["fake.spins"]
     assert "rank 1: RuntimeError: out of handles" in reasons["fake.fails"]
     assert "differs between ranks" in reasons["fake.differs"]
-    assert "wrong elements by rank {0: 1, 1: 1}" in reasons["fake.lies"]
+    assert "elements by rank {0: 1, 1: 1}" in reasons["fake.lies"]
     assert {e["backend"] for e in events if e["kind"] == "excluded"} == FAKES.keys()
+    assert workers_alive() == []
+
+
+def test_a_verification_names_every_bad_backend_and_its_first_failing_case() -> None:
+    grid = StackGrid(("bfloat16",), (64,), (1, 17, 18), timeout_s=20.0)
+    rows = supervise.until_done(
+        TWO, "tests.faults.jobs:verify_with_fakes", {"settings": asdict(grid)}, 20.0, lambda e: None
+    )
+    found = {row["backend"]: row for row in rows}
+    assert [name for name, row in found.items() if row["verdict"] == "pass"] == [
+        "gloo", "shm.one_shot",
+    ]  # fmt: skip
+    assert {found[name]["verdict"] for name in FAKES} == {"fail"}
+    assert "killed by SIGSEGV" in found["fake.crashes"]["reason"]
+    assert "no progress in time" in found["fake.spins"]["reason"]
+    assert found["fake.lies"]["first_failure"] == "eager: all_reduce_rms_norm 18x64 bfloat16"
+    assert "elements by rank {0: 1, 1: 1}" in found["fake.lies"]["reason"]
+    assert "differs between ranks" in found["fake.differs"]["reason"]
+    assert found["fake.fails"]["first_failure"] == "building it"
     assert workers_alive() == []

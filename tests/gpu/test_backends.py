@@ -46,7 +46,7 @@ def _build(backend_id: str) -> tuple[Any, Any, str]:
 
 
 def _inputs(group: Any, shape: Any, seed: int) -> list[torch.Tensor]:
-    from fusewise.tune.verify import integers
+    from fusewise.tune.operands import integers
 
     return [integers(shape, rank, group.device, seed) for rank in range(group.world_size)]
 

@@ -34,7 +34,7 @@ def _backend(timeout_s: float = 60.0, max_tokens: int = 16384) -> Any:
 
 def _operands(backend: Any, shape: Any, seed: int, whole: bool) -> tuple[Any, Any, Any, Any]:
     """This rank's x, everybody's x, a residual and a weight; whole numbers or normals."""
-    from fusewise.tune.verify import dtype_of
+    from fusewise.tune.operands import dtype_of
 
     generator = torch.Generator().manual_seed(seed)
     size = (1 + WORLD, shape.num_tokens, shape.hidden_size)

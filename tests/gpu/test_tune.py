@@ -43,8 +43,9 @@ def test_what_says_it_is_available_is_verified_and_timed(profile: Profile) -> No
 
 def _captured(rank: int, text: str) -> list[float]:
     from fusewise import Communicator
+    from fusewise.operation import ALL_REDUCE_RMS_NORM
     from fusewise.shape import Shape
-    from fusewise.tune.verify import normals, reference
+    from fusewise.tune.operands import normals
 
     device = torch.device("cuda", rank)
     errors = []
@@ -60,7 +61,7 @@ def _captured(rank: int, text: str) -> list[float]:
                 out, total = comm.all_reduce_rms_norm(x, residual, weight)
             for _ in range(10):
                 graph.replay()
-            exact = reference(inputs, residual, weight, 1e-6)
+            exact = ALL_REDUCE_RMS_NORM.reference(inputs, residual, weight, 1e-6)
             for got, want in zip((out, total), exact, strict=True):
                 errors.append(float((got.double() - want).norm() / want.norm()))
     return errors

@@ -15,7 +15,8 @@ from fusewise.errors import (
     InputError,
     UnavailableError,
 )
-from fusewise.tune.verify import normals, reference
+from fusewise.operation import ALL_REDUCE_RMS_NORM
+from fusewise.tune.operands import normals
 from tests.nodes import GLOO, node_profile, rows_of_64
 from tests.ranks import run_ranks
 
@@ -36,7 +37,7 @@ def worst_error(
     weight = normals(Shape(1, hidden, name), 8, torch.device("cpu"), 3).view(-1)  # type: ignore[arg-type]
     bias = how.get("weight_bias", 0.0)
     got = comm.all_reduce_rms_norm(inputs[comm.group.rank], residual, weight, 1e-5, bias)
-    exact = reference(inputs, residual, weight, 1e-5, bias)
+    exact = ALL_REDUCE_RMS_NORM.reference(inputs, residual, weight, 1e-5, bias)
     eps = torch.finfo(dtype).eps
     return max(
         float((g.double() - e).norm() / e.norm()) / eps for g, e in zip(got, exact, strict=True)

@@ -11,20 +11,13 @@ import torch
 from fusewise.backends.norm import residual_rms_norm
 from fusewise.backends.registry import all_ids, baseline_id, ids_for, select
 from fusewise.errors import FusewiseError, InputError, VerificationError
-from fusewise.operation import backend_of
+from fusewise.operation import ALL_REDUCE_RMS_NORM, backend_of
 from fusewise.profiles.plan import decide_points
 from fusewise.shape import Shape
+from fusewise.tune.operands import integers, normals, usual
 from fusewise.tune.sweep import coarse_order, next_shapes
 from fusewise.tune.timing import calls_per_round
-from fusewise.tune.verify import (
-    check_all_reduce,
-    check_all_reduce_rms_norm,
-    integers,
-    normals,
-    poisoned_memory,
-    reference,
-    settle,
-)
+from fusewise.tune.verify import check, poisoned_memory, verify
 from tests.groups import MirrorGroup
 from tests.samples import FUSED, UNFUSED, profile_of
 
@@ -105,19 +98,20 @@ SPOILS: dict[str, Callable[[torch.Tensor], Any]] = {
 
 @pytest.mark.parametrize("how", SPOILS)
 def test_verification_counts_what_is_wrong(how: str) -> None:
-    for check in (check_all_reduce, check_all_reduce_rms_norm):
-        good = check(_Backend(lambda t: None), MirrorGroup(), SHAPE, 5)  # type: ignore[arg-type]
+    for case in (usual("all_reduce", SHAPE, 5), usual("all_reduce_rms_norm", SHAPE, 5)):
+        good = check(_Backend(lambda t: None), MirrorGroup(), case)  # type: ignore[arg-type]
         assert good.wrong == 0
-        bad = check(_Backend(SPOILS[how]), MirrorGroup(), SHAPE, 5)  # type: ignore[arg-type]
+        bad = check(_Backend(SPOILS[how]), MirrorGroup(), case)  # type: ignore[arg-type]
         assert bad.wrong > 0
         assert bad.bits != good.bits
-        with pytest.raises(VerificationError, match="fake is wrong"):
-            settle(MirrorGroup(), "fake", bad)  # type: ignore[arg-type]
+        with pytest.raises(VerificationError, match="is wrong"):
+            verify(_Backend(SPOILS[how]), MirrorGroup(), case)  # type: ignore[arg-type]
 
 
 def test_a_systematic_error_below_every_elements_budget_is_still_wrong() -> None:
     drifting = _Backend(lambda t: t.mul_(1.012))
-    assert check_all_reduce_rms_norm(drifting, MirrorGroup(), SHAPE, 5).wrong > 0  # type: ignore[arg-type]
+    case = usual("all_reduce_rms_norm", SHAPE, 5)
+    assert check(drifting, MirrorGroup(), case).wrong > 0  # type: ignore[arg-type]
 
 
 def test_an_input_that_changes_is_wrong() -> None:
@@ -127,14 +121,18 @@ def test_an_input_that_changes_is_wrong() -> None:
             x.copy_(out)
             return out
 
-    assert check_all_reduce(Overwrites(lambda t: None), MirrorGroup(), SHAPE, 5).wrong > 0  # type: ignore[arg-type]
+    case = usual("all_reduce", SHAPE, 5)
+    assert check(Overwrites(lambda t: None), MirrorGroup(), case).wrong > 0  # type: ignore[arg-type]
 
 
 def test_ranks_with_other_bits_are_told_apart() -> None:
-    check = check_all_reduce(_Backend(lambda t: None), MirrorGroup(), SHAPE, 5)  # type: ignore[arg-type]
-    other = {"wrong": 0, "relative_error": 0.0, "bits": (1, 2)}
+    other = [{"wrong": 0, "relative_error": 0.0, "bits": (1, 2)}]
     with pytest.raises(VerificationError, match="differs between ranks"):
-        settle(MirrorGroup(other=other), "fake", check)  # type: ignore[arg-type]
+        verify(
+            _Backend(lambda t: None),  # type: ignore[arg-type]
+            MirrorGroup(other=other),  # type: ignore[arg-type]
+            usual("all_reduce", SHAPE, 5),
+        )
 
 
 def test_memory_is_poisoned_inside_and_only_inside() -> None:
@@ -156,7 +154,7 @@ def test_the_norm_matches_torchs_own() -> None:
     weight = torch.randn(64)
     out, total = residual_rms_norm(x, residual, weight, 1e-5)
     torch.testing.assert_close(out, torch.rms_norm(x + residual, (64,), weight, 1e-5))
-    exact = reference([x], residual, weight, 1e-5, 1.0)
+    exact = ALL_REDUCE_RMS_NORM.reference([x], residual, weight, 1e-5, 1.0)
     gemma = residual_rms_norm(x, residual, weight, 1e-5, 1.0)
     torch.testing.assert_close(gemma[0].double(), exact[0], rtol=1e-5, atol=1e-5)
     assert residual_rms_norm(x, None, weight, 1e-5)[1] is x
@@ -170,6 +168,8 @@ def test_names_of_backends_and_providers() -> None:
     assert baseline_id("cuda") == ids_for("cuda")[0] == "nccl"
     assert baseline_id("cpu") == "gloo"
     assert set(ids_for("cuda")) | set(ids_for("cpu")) == set(all_ids())
+    assert baseline_id("shared") == "gloo"
+    assert set(ids_for("shared")) == {"gloo", *ids_for("cuda")}
     assert (backend_of(UNFUSED), backend_of(FUSED)) == ("nccl", FUSED)
     with pytest.raises(InputError, match=r"Did you mean native\.one_shot"):
         select(["native.oneshot"])

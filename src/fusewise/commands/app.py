@@ -1,4 +1,4 @@
-"""The command line: ``fusewise tune | bench | show | explain | audit | cap | doctor | ...``.
+"""The command line: ``fusewise tune | verify | bench | show | explain | audit | cap | ...``.
 
 Only wires commands together. Data goes to stdout, everything else to stderr.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import typer
 
-from fusewise.commands import analyse, decode, doctor, engine, measure, vllm
+from fusewise.commands import analyse, decode, doctor, engine, measure, verify, vllm
 
 app = typer.Typer(
     name="fusewise",
@@ -25,6 +25,7 @@ app = typer.Typer(
 )
 
 app.command()(measure.tune)
+app.command()(verify.verify)
 app.command()(measure.bench)
 app.command()(analyse.show)
 app.command()(analyse.explain)

@@ -21,6 +21,7 @@ _CPU_RANKS = 8
 _SHARED_RANKS = 8
 # A CUDA context with torch's and FlashInfer's kernels, and the workspaces of one verification.
 _RANK_BYTES = 2 * 2**30
+_SHARE = "`fusewise verify` lets ranks share a GPU; their times would mean nothing."
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,17 @@ def default_ranks() -> int:
     return max(2, gpu_count())
 
 
+def default_place(*, share: bool = False) -> Place:
+    """Where that many run.
+
+    Raises:
+        UnavailableError: this node has one GPU, and what is asked for needs two.
+    """
+    if gpu_count() == 1 and not share:
+        raise UnavailableError("an all-reduce needs two ranks; this node has one GPU", hint=_SHARE)
+    return place_for(default_ranks(), share=share)
+
+
 def place_for(ranks: int, *, share: bool = False) -> Place:
     """Where this host runs so many ranks.
 
@@ -102,16 +114,11 @@ def place_for(ranks: int, *, share: bool = False) -> Place:
     if share and gpus:
         most = max(_SHARED_RANKS, gpus)
     if not 1 <= ranks <= most:
-        alone = gpus == 1 and not share
         raise InputError(
-            "an all-reduce needs two ranks, and this node has one GPU"
-            if alone
-            else "cannot start that many ranks",
+            "cannot start that many ranks",
             expected=f"1 to {most} {_words(gpus, share)}",
             got=str(ranks),
-            hint="`fusewise verify` lets ranks share a GPU; their times would mean nothing."
-            if gpus and not share
-            else None,
+            hint=_SHARE if gpus and not share else None,
         )
     if not gpus:
         return PLACES["cpu"]

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from fusewise.errors import InputError
 from fusewise.node import Fingerprint, gpu_count, probe
-from fusewise.ranks.place import PLACES, Place, default_ranks, place_for
+from fusewise.ranks.place import PLACES, Place, default_place, default_ranks, place_for
 
 if TYPE_CHECKING:
     from fusewise.ranks.group import Group
@@ -61,11 +61,12 @@ def local_team(world_size: int | None, *, share: bool = False) -> Team:
 
     Raises:
         InputError: fewer than one rank, or more than this host runs.
-        UnavailableError: more ranks than the shared GPUs' memory holds.
+        UnavailableError: one GPU and nobody to share it, or too little memory on it.
     """
     size = world_size if world_size is not None else default_ranks()
+    place = default_place(share=share) if world_size is None else place_for(size, share=share)
     ranks = tuple(range(size))
-    return Team(size, ranks, ranks, place_for(size, share=share))
+    return Team(size, ranks, ranks, place)
 
 
 def under_torchrun() -> bool:

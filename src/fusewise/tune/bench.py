@@ -7,14 +7,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from fusewise.backends.registry import select
 from fusewise.operation import OPERATIONS, Op
 from fusewise.ranks.agreement import fingerprint_of
 from fusewise.ranks.group import Group
 from fusewise.shape import size_grid
 from fusewise.tune.candidates import build_all, taking
+from fusewise.tune.operands import usual
 from fusewise.tune.settings import Settings
 from fusewise.tune.timing import Arena, Buffers, Runner, measured
-from fusewise.tune.verify import check_all_reduce, check_all_reduce_rms_norm
+from fusewise.tune.verify import check
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -28,7 +30,9 @@ def bench_rank(worker: Worker, request: dict[str, Any]) -> list[Any]:
     settings = Settings(**request["settings"])
     group = Group(timeout_s=settings.timeout_s)
     backends: list[Backend] = []
-    built = build_all(worker, group, fingerprint_of(group), settings, request["excluded"])
+    node = fingerprint_of(group)
+    unwanted = select(settings.without) | request["excluded"].keys()
+    built = build_all(worker, group, node, settings.max_shape, unwanted)
     for backend_id, backend, reason in built:
         if backend is None:
             worker.emit("excluded", backend=backend_id, reason=reason)
@@ -56,8 +60,7 @@ def _bench_point(
 ) -> list[Any]:
     group, shape, runners, wrong = backends[0].group, buffers.shape, [], {}
     for backend in taking(worker, backends, op, shape):
-        check = check_all_reduce if op == "all_reduce" else check_all_reduce_rms_norm
-        mine = check(backend, group, shape, shape.num_tokens).wrong
+        mine = check(backend, group, usual(op, shape, shape.num_tokens)).wrong
         runner = Runner(backend, op, buffers)
         wrong[runner.path] = max(group.gather("wrong", mine))
         runners.append(runner)

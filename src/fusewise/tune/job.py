@@ -32,6 +32,7 @@ from fusewise.ranks.agreement import fingerprint_of
 from fusewise.ranks.group import Group
 from fusewise.shape import Shape
 from fusewise.tune.candidates import BUILD_S, STEP_S, build_all, taking
+from fusewise.tune.operands import usual
 from fusewise.tune.probe import examine
 from fusewise.tune.settings import Settings
 from fusewise.tune.sweep import coarse_order, next_shapes
@@ -97,12 +98,12 @@ def tune_rank(worker: Worker, request: dict[str, Any]) -> str | None:
 
 def _build(tune: Tune) -> None:
     """Builds and examines every candidate; what fails on any rank is excluded on all."""
-    settings, known = tune.settings, frozenset(tune.excluded)
-    tune.excluded |= dict.fromkeys(
-        select(settings.without) & set(ids_for(tune.node.kind)), LEFT_OUT
-    )
+    settings = tune.settings
+    left_out = select(settings.without) & set(ids_for(tune.node.kind))
+    unwanted = left_out | tune.excluded.keys()
+    tune.excluded |= dict.fromkeys(left_out, LEFT_OUT)
     for backend_id, backend, failed in build_all(
-        tune.worker, tune.group, tune.node, settings, known
+        tune.worker, tune.group, tune.node, settings.max_shape, unwanted
     ):
         if backend is None:
             _exclude(tune, backend_id, failed)
@@ -215,7 +216,7 @@ def _measure_point(tune: Tune, op: Op, shape: Shape) -> None:
         try:
             for variant in variants:
                 backend.select(op, shape, variant)
-                verify(backend, group, op, shape, seed=shape.num_tokens)
+                verify(backend, group, usual(op, shape, shape.num_tokens))
         except VerificationError as error:
             _quarantine(tune, backend, str(error))
             continue

@@ -15,12 +15,10 @@ import torch
 
 from fusewise.errors import VerificationError
 from fusewise.shape import DType, Shape
-from fusewise.tune.timing import Arena, Buffers, bound_call, captured
-from fusewise.tune.verify import (
-    check_all_reduce_rms_norm,
-    settle,
-    verify,
-)
+from fusewise.tune.candidates import offered
+from fusewise.tune.operands import Case, usual
+from fusewise.tune.timing import Arena, Buffers, bound_call, captured, graphs_hold
+from fusewise.tune.verify import verify
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -41,19 +39,16 @@ def examine(backend: Backend, arena: Arena, hidden_size: int, dtype: DType) -> N
     group = backend.group
     shapes = _admitted(backend, _FEW_TOKENS, hidden_size, dtype)
     for seed, shape in enumerate(shapes):
-        verify(backend, group, "all_reduce_rms_norm", shape, seed)
-        if backend.plain:
-            verify(backend, group, "all_reduce", shape, seed)
+        for op in offered(backend):
+            verify(backend, group, usual(op, shape, seed))
     if not shapes:
         return
     middle = shapes[len(shapes) // 2]
     if backend.takes_no_residual:
-        check = check_all_reduce_rms_norm(backend, group, middle, 1, with_residual=False)
-        settle(group, f"{backend.id} without residual", check)
+        verify(backend, group, Case("all_reduce_rms_norm", middle, 1, with_residual=False))
     if backend.takes_weight_bias:
-        check = check_all_reduce_rms_norm(backend, group, middle, 2, weight_bias=1.0)
-        settle(group, f"{backend.id} with weight bias", check)
-    if group.device.type == "cuda":
+        verify(backend, group, Case("all_reduce_rms_norm", middle, 2, weight_bias=1.0))
+    if graphs_hold(backend):
         _replay(backend, arena, _admitted(backend, _REPLAY_TOKENS, hidden_size, dtype))
 
 

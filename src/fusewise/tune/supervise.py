@@ -39,7 +39,8 @@ def tune_team(
     Raises:
         RankError: ranks failed for a reason that is no provider's.
     """
-    document = _until_done(team, "fusewise.tune.job:tune_rank", settings, listen, known)
+    request = {"settings": asdict(settings), "known": known.to_json() if known else None}
+    document = until_done(team, "fusewise.tune.job:tune_rank", request, settings.timeout_s, listen)
     return parse_profile(document, "the measured profile") if team.leads else None
 
 
@@ -49,24 +50,26 @@ def bench_team(team: Team, settings: Settings, listen: Listener) -> list[tuple[S
     Raises:
         RankError: ranks failed for a reason that is no provider's.
     """
-    rows = _until_done(team, "fusewise.tune.bench:bench_rank", settings, listen)
+    request = {"settings": asdict(settings)}
+    rows = until_done(team, "fusewise.tune.bench:bench_rank", request, settings.timeout_s, listen)
     return [(Sample(**sample), wrong) for sample, wrong in rows] if team.leads else None
 
 
-def _until_done(
-    team: Team, job: str, settings: Settings, listen: Listener, known: Profile | None = None
+def until_done(
+    team: Team, job: str, request: dict[str, Any], timeout_s: float, listen: Listener
 ) -> Any:
-    """Rank 0's result (None where another process has it) of the attempt that came through."""
+    """Rank 0's result (None where another process has it) of the attempt that came through.
+
+    A backend whose code ended an attempt is in the next one's ``request["excluded"]``, with why.
+
+    Raises:
+        RankError: ranks failed for a reason that is no provider's.
+    """
     excluded: dict[str, str] = {}
     while True:
-        request = {
-            "settings": asdict(settings),
-            "excluded": excluded,
-            "known": known.to_json() if known else None,
-        }
         outcome = run_attempt(
-            team, job, request, lambda rank, event: _forward(rank, event, listen),
-            settings.timeout_s,
+            team, job, request | {"excluded": excluded},
+            lambda rank, event: _forward(rank, event, listen), timeout_s,
         )  # fmt: skip
         if outcome.failure is None:
             return outcome.results.get(0)
@@ -88,7 +91,7 @@ def _culprit(failure: Failure) -> str:
     """
     outside = any(failure.reason.endswith(name) for name in _FROM_OUTSIDE)
     if failure.provider is None or outside or failure.provider in baselines():
-        error = RankError(f"tuning stopped: {failure}", hint="Nothing was written; run it again.")
+        error = RankError(f"stopped: {failure}", hint="Nothing was written; run it again.")
         error.exit_code = failure.code
         raise error
     return failure.provider

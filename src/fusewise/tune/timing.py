@@ -16,8 +16,9 @@ import torch
 from fusewise.operation import Op, variant_path
 from fusewise.profiles.schema import Sample
 from fusewise.shape import Shape
+from fusewise.tune.operands import normals
 from fusewise.tune.settings import ROUNDS
-from fusewise.tune.verify import EPS, normals
+from fusewise.tune.verify import EPS
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -75,6 +76,11 @@ def calls_per_round(kind: str, shape: Shape) -> int:
     return max(2, min(_MAX_CALLS, round(_ROUND_US[kind] / expected_us)))
 
 
+def graphs_hold(backend: Backend) -> bool:
+    """Whether the backend's calls can be captured in CUDA graphs here."""
+    return backend.group.device.type == "cuda" and backend.capturable
+
+
 class Runner:
     """One candidate at one shape, ready to be timed; on GPUs a captured graph of its calls.
 
@@ -85,7 +91,7 @@ class Runner:
         self.path = variant_path(backend.path_name(op), variant)
         backend.select(op, buffers.shape, variant)
         self.calls = buffers.calls
-        self._cuda = backend.group.device.type == "cuda"
+        self._cuda = graphs_hold(backend)
         call = bound_call(backend, op, buffers)
         self._run = captured(backend, call, self.calls) if self._cuda else _looped(call, self.calls)
         self._run()

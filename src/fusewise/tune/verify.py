@@ -16,14 +16,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fusewise.errors import VerificationError
-from fusewise.operation import Op
-from fusewise.shape import Shape
+from fusewise.operation import OPERATIONS
+from fusewise.tune.operands import Case, Operands, dtype_of, operands
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from fusewise.backends.base import Backend
     from fusewise.ranks.group import Group
+    from fusewise.shape import Shape
 
 EPS = 1e-6
 # An element is wrong beyond this many units of the dtype's eps, relative to its own size or the
@@ -33,7 +34,8 @@ _ELEMENT_BUDGET = 4.0
 _NORM_BUDGET = 1.0
 # fp32 has no slack from the output's rounding: the order of the row's sum shows.
 _FLOAT32_SLACK = 16.0
-_INTEGER_LIMIT = 8  # 16 ranks · 8 = 128 < 256: exact in bf16, the narrowest dtype here
+# Where kernels may flush subnormals: what a flushed row is off by, times the largest 1/sqrt(eps).
+_FLUSHED = {"bfloat16": 1e-33, "float16": 0.0, "float32": 1e-33}
 
 
 @dataclass(frozen=True)
@@ -45,128 +47,120 @@ class Check:
     bits: tuple[int, ...]
 
 
-def dtype_of(shape: Shape) -> torch.dtype:
-    """torch's dtype of a shape."""
-    found: torch.dtype = getattr(torch, shape.dtype)
-    return found
+def call(backend: Backend, case: Case, given: Operands, x: Tensor) -> tuple[Tensor, ...]:
+    """The operation's results for this rank's ``x``."""
+    if case.op == "all_reduce":
+        return (backend.all_reduce(x),)
+    return backend.all_reduce_rms_norm(x, given.residual, given.weight, EPS, case.weight_bias)
 
 
-def integers(shape: Shape, rank: int, device: torch.device, seed: int) -> Tensor:
-    """Integers in ±8, the same for a (rank, seed) on whichever rank they are made."""
-    generator = torch.Generator(device).manual_seed(seed * 1009 + rank)
-    size = (shape.num_tokens, shape.hidden_size)
-    low, high = -_INTEGER_LIMIT, _INTEGER_LIMIT + 1
-    return torch.randint(low, high, size, generator=generator, device=device).to(dtype_of(shape))
+def judge(case: Case, given: Operands, results: tuple[Tensor, ...], x: Tensor, rank: int) -> Tensor:
+    """Results against float64, still on the device: int64 words that ``read`` understands.
+
+    Element by element and as a whole; sums of integers exactly; ``x`` must keep its value.
+    """
+    extra = (given.residual, given.weight, EPS, case.weight_bias)
+    exact = OPERATIONS[case.op].reference(
+        given.inputs, *(extra if OPERATIONS[case.op].operands else ())
+    )
+    wrong = (_words(x) != _words(given.inputs[rank])).sum()
+    worst = torch.zeros((), dtype=torch.float64, device=x.device)
+    for got, want in zip(results, exact, strict=True):
+        is_sum = want is exact[-1]
+        if is_sum and case.values == "integers":
+            wrong = wrong + (got.double() != want).sum()
+        elif case.values == "special":
+            wrong = wrong + _wrong_elements(got, want, case.shape).sum()
+        else:
+            wrong = wrong + _wrong_elements(got, want, case.shape).sum()
+            worst = torch.maximum(
+                worst, (got.double() - want).norm() / want.norm().clamp_min(1e-300)
+            )
+    wrong = torch.where(worst <= _NORM_BUDGET * _eps(case.shape), wrong, wrong.clamp_min(1))
+    sums = [word for got in results for word in _bits(got)]
+    return torch.stack([wrong, worst.view(torch.int64), *sums])
 
 
-def normals(shape: Shape, rank: int, device: torch.device, seed: int) -> Tensor:
-    """Standard normals, the same for a (rank, seed) on whichever rank they are made."""
-    generator = torch.Generator(device).manual_seed(seed * 1009 + rank)
-    size = (shape.num_tokens, shape.hidden_size)
-    return torch.randn(size, generator=generator, device=device).to(dtype_of(shape))
+def read(judged: list[Tensor]) -> list[Check]:
+    """One wait for the device, however many were judged."""
+    if not judged:
+        return []
+    flat = torch.cat(judged).cpu()
+    checks = []
+    for words in torch.split(flat, [one.numel() for one in judged]):
+        error = float(words[1:2].view(torch.float64))
+        checks.append(Check(int(words[0]), error, tuple(words[2:].tolist())))
+    return checks
 
 
-def check_all_reduce(backend: Backend, group: Group, shape: Shape, seed: int) -> Check:
-    """Exact sums of integers; ``x`` must keep its value."""
-    inputs = [integers(shape, rank, group.device, seed) for rank in range(group.world_size)]
-    x = inputs[group.rank].clone()
-    expected = torch.stack(inputs).float().sum(0).to(x.dtype)
-    with poisoned_memory():
-        out = backend.all_reduce(x)
-    wrong = int((out != expected).sum()) + int((x != inputs[group.rank]).sum())
-    return Check(wrong, 0.0, _bits(out))
+def _wrong_elements(got: Tensor, exact: Tensor, shape: Shape) -> Tensor:
+    """Where ``got`` is beyond its budget; NaN and infinities must be where they belong."""
+    finite = exact.isfinite()
+    kept = torch.where(finite, exact, torch.zeros_like(exact))
+    row = kept.square().mean(-1, keepdim=True).sqrt()
+    allowed = torch.maximum(kept.abs(), row).mul_(_ELEMENT_BUDGET * _eps(shape))
+    allowed += _FLUSHED[shape.dtype]
+    near = (got.double() - exact).abs() <= allowed  # NaN compares false, so it counts as wrong
+    odd = (got.double() == exact) | (got.isnan() & exact.isnan())
+    return ~torch.where(finite, near, odd)
 
 
-def check_all_reduce_rms_norm(
-    backend: Backend,
-    group: Group,
-    shape: Shape,
-    seed: int,
-    *,
-    with_residual: bool = True,
-    weight_bias: float = 0.0,
-) -> Check:
-    """Norm and residual against float64, element by element and as a whole."""
-    device, world = group.device, group.world_size
-    inputs = [normals(shape, rank, device, seed) for rank in range(world)]
-    residual = normals(shape, world, device, seed) if with_residual else None
-    weight = normals(Shape(1, shape.hidden_size, shape.dtype), world + 1, device, seed).view(-1)
-    with poisoned_memory():
-        out, total = backend.all_reduce_rms_norm(
-            inputs[group.rank].clone(), residual, weight, EPS, weight_bias
-        )
-    exact_out, exact_total = reference(inputs, residual, weight, EPS, weight_bias)
+def _eps(shape: Shape) -> float:
     slack = _FLOAT32_SLACK if shape.dtype == "float32" else 1.0
-    eps = torch.finfo(out.dtype).eps * slack
-    wrong, worst = 0, 0.0
-    for got, exact in ((out, exact_out), (total, exact_total)):
-        error = (got.double() - exact).abs_()
-        row = exact.square().mean(-1, keepdim=True).sqrt()
-        allowed = torch.maximum(exact.abs(), row).mul_(_ELEMENT_BUDGET * eps)
-        wrong += int((~(error <= allowed)).sum())  # NaN compares false, so it counts as wrong
-        worst = max(worst, float(error.norm() / exact.norm().clamp_min(1e-300)))
-    if not worst <= _NORM_BUDGET * eps:
-        wrong = max(wrong, 1)
-    return Check(wrong, worst, (*_bits(out), *_bits(total)))
+    return torch.finfo(dtype_of(shape)).eps * slack
 
 
-def reference(
-    inputs: list[Tensor],
-    residual: Tensor | None,
-    weight: Tensor,
-    eps: float,
-    weight_bias: float = 0.0,
-) -> tuple[Tensor, Tensor]:
-    """``(norm, sum + residual)`` in float64 from every rank's input."""
-    total = torch.zeros_like(inputs[0], dtype=torch.float64)
-    for x in inputs:
-        total += x
-    if residual is not None:
-        total += residual
-    scale = torch.rsqrt(total.square().mean(-1, keepdim=True) + eps)
-    return total * scale * (weight.double() + weight_bias), total
+def _words(x: Tensor) -> Tensor:
+    return x.contiguous().view(-1).view(torch.int16)
 
 
-def verify(backend: Backend, group: Group, op: Op, shape: Shape, seed: int) -> float:
-    """Verifies one operation at one shape on every rank. Collective.
+def _bits(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Two checksums of the raw bits, the second sensitive to position."""
+    words = _words(x).to(torch.int64)
+    place = torch.arange(words.numel(), device=x.device) % 8191 + 1
+    return words.sum(), (words * place).sum()
+
+
+def check(backend: Backend, group: Group, case: Case) -> Check:
+    """One call on this rank, its memory poisoned, and what came out."""
+    given = operands(case, group.world_size, group.device)
+    x = given.inputs[group.rank].clone()
+    with poisoned_memory():
+        results = call(backend, case, given, x)
+    return read([judge(case, given, results, x, group.rank)])[0]
+
+
+def verify(backend: Backend, group: Group, case: Case) -> float:
+    """Verifies one call on every rank. Collective.
 
     Returns:
-        The relative L2 error against float64, the largest over ranks (0 for integer sums).
+        The relative L2 error against float64 on this rank (0 for integer sums).
 
     Raises:
         VerificationError: on every rank alike; names the ranks, the count and the error.
     """
-    if op == "all_reduce":
-        check = check_all_reduce(backend, group, shape, seed)
-    else:
-        check = check_all_reduce_rms_norm(backend, group, shape, seed)
-    settle(group, f"{backend.id} {op} {shape}", check)
-    return check.relative_error
+    found = check(backend, group, case)
+    failed = verdict(group.gather(f"verify {backend.id}", [asdict(found)]), group.ranks)
+    if failed:
+        raise VerificationError(f"{backend.id} {case} {failed[1]}")
+    return found.relative_error
 
 
-def settle(group: Group, what: str, check: Check) -> None:
-    """Turns every rank's check into one verdict.
+def verdict(everyone: list[list[dict[str, Any]]], ranks: list[int]) -> tuple[int, str] | None:
+    """The first of several checks that some rank failed, with the reason; None when all passed.
 
-    Raises:
-        VerificationError: some rank counted wrong elements, or ranks hold different bits.
+    Args:
+        everyone: every rank's checks, in one order.
+        ranks: their numbers.
     """
-    checks = group.gather(f"verify {what}", asdict(check))
-    wrong = {r: c["wrong"] for r, c in zip(group.ranks, checks, strict=True) if c["wrong"]}
-    if wrong:
-        raise VerificationError(
-            f"{what} is wrong",
-            expected="the float64 reference within its budget, integers exactly",
-            got=f"wrong elements by rank {wrong}, relative error {check.relative_error:.2e}",
-        )
-    if any(c["bits"] != checks[0]["bits"] for c in checks):
-        raise VerificationError(f"{what} differs between ranks", expected="the same bits on all")
-
-
-def _bits(x: Tensor) -> tuple[int, ...]:
-    """Two checksums of the raw bits, the second sensitive to position."""
-    words = x.contiguous().view(-1).view(torch.int16).to(torch.int64)
-    place = torch.arange(words.numel(), device=x.device) % 8191 + 1
-    return int(words.sum()), int((words * place).sum())
+    for index, checks in enumerate(zip(*everyone, strict=True)):
+        wrong = {r: c["wrong"] for r, c in zip(ranks, checks, strict=True) if c["wrong"]}
+        if wrong:
+            error = max(c["relative_error"] for c in checks)
+            return index, f"is wrong: elements by rank {wrong}, relative error {error:.2e}"
+        if any(tuple(c["bits"]) != tuple(checks[0]["bits"]) for c in checks):
+            return index, "differs between ranks: expected the same bits on all"
+    return None
 
 
 @contextmanager
