@@ -32,6 +32,7 @@ class CopyParams(ctypes.Structure):
         ("source", ctypes.c_void_p),
         ("target", ctypes.c_void_p),
         ("count", ctypes.c_longlong),
+        ("hasty", ctypes.c_int),
     ]
 
 

@@ -200,9 +200,12 @@ class VirtualGroup:
             rank=rank,
         )
 
-    def _copy(self, rank: int, source: Tensor, target: Tensor, call: Call) -> None:
+    def _copy(
+        self, rank: int, source: Tensor, target: Tensor, call: Call, hasty: bool = False
+    ) -> None:
         count = min(source.nbytes, target.nbytes) // 4
-        params = CopyParams(self._kept(source).data_ptr(), self._kept(target).data_ptr(), count)
+        pointers = self._kept(source).data_ptr(), self._kept(target).data_ptr()
+        params = CopyParams(*pointers, count, hasty)
         self.library.emulator_launch(rank, COPY, 1, WARP, 1, call.dependent, ctypes.byref(params))
 
     def _kept(self, tensor: Tensor) -> Tensor:
