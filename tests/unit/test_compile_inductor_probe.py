@@ -7,25 +7,14 @@ from typing import Any
 import pytest
 import torch
 import torch._inductor.codecache  # binds the real class before a test replaces it
-from torch._inductor import config, custom_graph_pass
+from torch._inductor import custom_graph_pass
 
 from fusewise.errors import InputError, UnavailableError
 from fusewise.graph import inductor
 from fusewise.graph.api import compile as compile_model
 from fusewise.graph.api import fusion_pass
 from fusewise.graph.fusion_pass import FusionPass
-from fusewise.graph.inductor import HOOK, PassChain, options_with
-
-
-class OtherPass(custom_graph_pass.CustomGraphPass):
-    def __init__(self) -> None:
-        self.ran: list[Any] = []
-
-    def __call__(self, graph: torch.fx.Graph) -> None:
-        self.ran.append(graph)
-
-    def uuid(self) -> str:
-        return "other"
+from fusewise.graph.inductor import InductorBackend
 
 
 class OldGraphPass:
@@ -73,33 +62,7 @@ def test_the_pass_counts_as_inductors_own() -> None:
     inductor.require()
     fusion = FusionPass("0", {})
     assert isinstance(fusion, custom_graph_pass.CustomGraphPass)
-    assert fusion.uuid()
-
-
-def test_a_pass_that_was_there_before_still_runs_first() -> None:
-    fusion, other = FusionPass("0", {}), OtherPass()
-    chain = options_with(fusion, {HOOK: other})[HOOK]
-    assert isinstance(chain, PassChain)
-    assert chain.passes == (other, fusion)
-    assert chain.uuid() == ("other", fusion.uuid())
-    graph = torch.fx.Graph()
-    chain(graph)
-    assert other.ran == [graph] and fusion.graphs == 1
-
-
-def test_a_pass_set_in_the_global_configuration_stays() -> None:
-    fusion, other = FusionPass("0", {}), OtherPass()
-    with config.patch({HOOK: [other]}):
-        assert options_with(fusion, {})[HOOK].passes == (other, fusion)
-
-
-def test_beside_a_pass_without_a_uuid_nothing_is_cached() -> None:
-    assert PassChain([lambda graph: None, FusionPass("0", {})]).uuid() is None
-
-
-def test_other_options_stay() -> None:
-    fusion = FusionPass("0", {})
-    assert options_with(fusion, {"max_autotune": True}) == {"max_autotune": True, HOOK: fusion}
+    assert fusion.uuid() is None  # what lies in front of a cache must not be cached by it
 
 
 def test_a_pass_and_a_profile_exclude_each_other() -> None:
@@ -116,5 +79,12 @@ def test_mode_and_options_come_together(monkeypatch: pytest.MonkeyPatch) -> None
     compile_model(
         lambda x: x, fusion=fusion, mode="reduce-overhead", options=options, fullgraph=True
     )
-    assert seen["options"] == {"triton.cudagraphs": True, "epilogue_fusion": False, HOOK: fusion}
-    assert (seen["fullgraph"], "mode" in seen) == (True, False)
+    assert seen["backend"].config == {"triton.cudagraphs": True, "epilogue_fusion": False}
+    assert (seen["fullgraph"], "mode" in seen, "options" in seen) == (True, False, False)
+
+
+def test_code_compiled_for_one_pass_never_serves_another() -> None:
+    one, other = FusionPass("0", {}), FusionPass("0", {})
+    assert InductorBackend(one) == InductorBackend(one)
+    assert InductorBackend(one) != InductorBackend(other)
+    assert InductorBackend(one) != InductorBackend(one, options={"max_autotune": True})

@@ -78,15 +78,136 @@ def test_a_wide_stream_keeps_its_own_cast() -> None:
     assert "convert_element_type" in str(module.graph)
 
 
-def test_two_reductions_added_to_each_other_become_one_site() -> None:
-    def both(x: Tensor, r: Tensor, w: Tensor) -> Any:
-        return normed(reduced(x) + reduced(r), w)
+def _again(s: Tensor, w: Tensor) -> Any:
+    h = s * torch.rsqrt(s.pow(2).mean(-1, keepdim=True) + 1e-6)
+    return w * h, h
 
-    module = trace(both)
+
+def _rootless(s: Tensor) -> Tensor:
+    h = s.float()
+    return (h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-6)).to(s.dtype)
+
+
+def _in_float(x: Tensor, r: Tensor, w: Tensor) -> Any:
+    """As vLLM's own norm is written: the sum is rounded for the residual stream only."""
+    s = reduced(x).float() + r.float()
+    h = s * torch.rsqrt(s.pow(2).mean(-1, keepdim=True) + 1e-6)
+    return h.to(x.dtype) * w, s.to(x.dtype)
+
+
+def _autocast(x: Tensor, r: Tensor, w: Tensor) -> Any:
+    """bf16 from a matmul, an fp32 stream, a norm in fp32, bf16 for the next matmul."""
+    s = r + reduced(x)
+    return normed(s, w).to(BF16), s
+
+
+def _gate(x: Tensor) -> Tensor:
+    return torch.sigmoid(x[:, :1])
+
+
+WIDE = {"dtype": BF16, "residual_dtype": FP32}
+# name: (function, choices, all-reduces left, options of the trace)
+MORE: dict[str, tuple[Callable[..., Any], list[str], dict[str, Any]]] = {
+    "two all-reduces": (lambda x, r, w: normed(reduced(x) + reduced(r), w), ["fuse", "join"], {}),
+    "two all-reduces and a residual": (
+        lambda x, r, w: _kept(r + (reduced(x) + reduced(x * 2)), w), ["fuse", "join"], {},
+    ),
+    "the residual between": (
+        lambda x, r, w: _kept((reduced(x) + r) + reduced(x * 2), w), ["fuse", "join"], {},
+    ),
+    "a gate on the second": (
+        lambda x, r, w: _kept(r + (reduced(x) + _gate(r) * reduced(x * 2)), w),
+        ["fuse", "join"], {},
+    ),
+    "rows regrouped on one of two": (
+        lambda x, r, w: _kept(
+            r.view(2, 4, H) + (reduced(x).view(2, 4, H) + reduced(x.view(2, 4, H))), w
+        ),
+        ["fuse", "join"], {},
+    ),
+    "a bias": (lambda x, r, w: _kept(r + (reduced(x) + w), w), ["fuse"], {}),
+    "a replicated expert": (lambda x, r, w: _kept(r + (reduced(x) + r * 3), w), ["fuse"], {}),
+    "a power of two": (lambda x, r, w: _kept(r + reduced(x) * 0.25, w), ["fuse"], {}),
+    "divided by a power of two": (lambda x, r, w: _kept(r + reduced(x) / 8, w), ["fuse"], {}),
+    "normalised row read again": (lambda x, r, w: _again(r + reduced(x), w), ["fuse"], {}),
+    "no weight": (lambda x, r, w: _rootless(r + reduced(x)), ["fuse"], {"dtype": BF16}),
+    "a matrix for weight": (lambda x, r, w: normed(r + reduced(x), r), ["fuse"], {}),
+    "wide weight": (plain, ["fuse"], {"dtype": BF16, "weight_dtype": FP32}),
+    "wide residual": (plain, ["fuse"], WIDE),
+    "wide residual and weight": (plain, ["fuse"], {**WIDE, "weight_dtype": FP32}),
+    "autocast": (_autocast, ["fuse"], {**WIDE, "weight_dtype": FP32}),
+    "sum in float": (_in_float, ["fuse"], {"dtype": BF16}),
+}  # fmt: skip
+
+
+def _kept(s: Tensor, w: Tensor) -> Any:
+    return normed(s, w), s
+
+
+@pytest.mark.parametrize("name", MORE)
+def test_further_sums_and_norms_are_one_operation(name: str) -> None:
+    function, choices, options = MORE[name]
+    module = trace(function, **options)
+    expected = [(v.shape, v.dtype) for v in _results(module)]
     one = fusion()
     one(module.graph)
     module.graph.lint()
-    assert [site.choice for site in one.sites] == ["fuse", "leave"]
+    assert [site.choice for site in one.sites] == choices, one.explain()
+    text = str(module.graph)
+    assert text.count("fusewise.all_reduce_rms_norm") == 1
+    assert "_c10d_functional" not in text and "rsqrt" not in text
+    assert [(v.shape, v.dtype) for v in _results(module)] == expected
+
+
+def test_a_round_trip_through_fp8_stays_in_the_graph() -> None:
+    def quantised(x: Tensor, r: Tensor, w: Tensor) -> Any:
+        return _rootless(r + reduced(x)).to(torch.float8_e4m3fn).to(BF16) * w
+
+    module = trace(quantised, dtype=BF16)
+    fusion()(module.graph)
+    text = str(module.graph)
+    assert "all_reduce_rms_norm" in text and "torch.float8_e4m3fn" in text
+    assert text.index("all_reduce_rms_norm") < text.index("torch.float8_e4m3fn")
+
+
+def _results(module: torch.fx.GraphModule) -> list[Tensor]:
+    """Fake results, with every step's own type: what the graph now claims and what it gives."""
+    inputs = module.graph.find_nodes(op="placeholder")
+    with torch.no_grad(), inputs[0].meta["val"].fake_mode:
+        return _run(module)
+
+
+def _run(module: torch.fx.GraphModule) -> list[Tensor]:
+    values: dict[Any, Any] = {}
+    for node in module.graph.nodes:
+        if node.op == "output":
+            return [read.meta["val"] for read in node.all_input_nodes]
+        if node.op == "call_function":
+            arguments, keywords = torch.fx.node.map_arg((node.args, node.kwargs), values.get)
+            values[node] = node.target(*arguments, **keywords)
+            if isinstance(values[node], Tensor):
+                assert values[node].dtype == node.meta["val"].dtype, node
+                assert values[node].shape == node.meta["val"].shape, node
+        else:
+            values[node] = node.meta["val"]
+    raise AssertionError("a graph ends in its output")
+
+
+def test_a_factor_goes_before_the_sum_where_that_was_declared() -> None:
+    one = FusionPass(GROUP, {"float32": always_fuse("float32")}, scale_first=True)
+    module = trace(lambda x, r, w: normed(r + reduced(x) * 0.22, w))
+    one(module.graph)
+    assert [site.choice for site in one.sites] == ["fuse"]
+    assert "0.22" in str(module.graph)
+
+
+def test_a_training_graph_is_only_looked_at() -> None:
+    module = trace(plain)
+    before = str(module.graph)
+    one = fusion()
+    one.rewrite(module.graph, inference=False)
+    assert str(module.graph) == before
+    assert one.sites[0].why == "a training graph"
 
 
 def test_a_group_that_is_a_graph_input_is_left() -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.traced import BF16, FP32, GROUP, H, collectives, fusion, normed, plain, reduced, trace
+from tests.traced import BF16, GROUP, H, collectives, fusion, normed, plain, reduced, trace
 
 
 def _max(x: Tensor, r: Tensor, w: Tensor) -> Any:
@@ -41,12 +41,6 @@ def _root_used_elsewhere(x: Tensor, r: Tensor, w: Tensor) -> Any:
     return w * (s * root), root
 
 
-def _scaled_used_elsewhere(x: Tensor, r: Tensor, w: Tensor) -> Any:
-    s = r + reduced(x)
-    scaled = s * torch.rsqrt(s.pow(2).mean(-1, keepdim=True) + 1e-6)
-    return w * scaled, scaled
-
-
 def _residual_with_factor(x: Tensor, r: Tensor, w: Tensor) -> Any:
     return normed(torch.add(r, reduced(x), alpha=2), w)
 
@@ -59,21 +53,46 @@ def _other_power(x: Tensor, r: Tensor, w: Tensor) -> Any:
     return normed(r + reduced(x), w, power=4)
 
 
-def _no_weight(x: Tensor, r: Tensor, w: Tensor) -> Any:
-    s = r + reduced(x)
-    return s * torch.rsqrt(s.pow(2).mean(-1, keepdim=True) + 1e-6)
-
-
-def _gate_for_weight(x: Tensor, r: Tensor, w: Tensor) -> Any:
-    return normed(r + reduced(x), r)
-
-
 def _layer_norm(x: Tensor, r: Tensor, w: Tensor) -> Any:
     return torch.nn.functional.layer_norm(r + reduced(x), (H,), w)
 
 
 def _nothing_follows(x: Tensor, r: Tensor, w: Tensor) -> Any:
     return reduced(x).relu()
+
+
+def _bias_and_factor(x: Tensor, r: Tensor, w: Tensor) -> Any:
+    return normed(r + (reduced(x) + w) * 2, w)
+
+
+def _odd_factor(x: Tensor, r: Tensor, w: Tensor) -> Any:
+    return normed(r + reduced(x) * 0.22, w)
+
+
+def _tensor_factor(x: Tensor, r: Tensor, w: Tensor) -> Any:
+    return normed(reduced(x) * w[0], w)
+
+
+def _slice_between(x: Tensor, r: Tensor, w: Tensor) -> Any:
+    return normed(reduced(x)[1:], w)
+
+
+def _two_groups(x: Tensor, r: Tensor, w: Tensor) -> Any:
+    return normed(reduced(reduced(x), group="dp"), w)
+
+
+def _eps_input(x: Tensor, r: Tensor, w: Tensor) -> Any:
+    s = r + reduced(x)
+    return w * (s * torch.rsqrt(s.pow(2).mean(-1, keepdim=True) + r[0, 0]))
+
+
+def _fp8_before(x: Tensor, r: Tensor, w: Tensor) -> Any:
+    return normed(reduced(x).to(torch.float8_e4m3fn).to(x.dtype) + r, w)
+
+
+def _wide_sum_kept(x: Tensor, r: Tensor, w: Tensor) -> Any:
+    s = reduced(x).float() + r.float()
+    return (s * torch.rsqrt(s.pow(2).mean(-1, keepdim=True) + 1e-6)).to(BF16) * w, s
 
 
 def _bias_between(x: Tensor, r: Tensor, w: Tensor) -> Any:
@@ -105,25 +124,34 @@ CASES: dict[str, tuple[Callable[..., Any], str, dict[str, Any]]] = {
     "reduced tensor read again": (_reduced_used_elsewhere, "the reduced tensor is used", {}),
     "square read again": (_square_used_elsewhere, "an intermediate of the norm", {}),
     "root read again": (_root_used_elsewhere, "an intermediate of the norm", {}),
-    "scaled read again": (_scaled_used_elsewhere, "an intermediate of the norm", {}),
     "residual with a factor": (_residual_with_factor, "with a factor", {}),
-    "another dimension": (_other_dimension, "no RMSNorm follows", {}),
+    "another dimension": (_other_dimension, "no RMSNorm follows, but aten::mul, aten::pow", {}),
     "another power": (_other_power, "no RMSNorm follows", {}),
-    "no weight": (_no_weight, "no weight of one row", {}),
-    "gate for weight": (_gate_for_weight, "no weight of one row", {}),
-    "layer norm": (_layer_norm, "no RMSNorm follows", {}),
-    "nothing follows": (_nothing_follows, "no RMSNorm follows", {}),
-    "bias between": (_bias_between, "shapes differ", {}),
+    "a factor behind a bias": (_bias_and_factor, "the sum with its addend is scaled", {}),
+    "a factor of no power of two": (_odd_factor, "scaled by 0.22, which is no power of two", {}),
+    "a factor that is a tensor": (_tensor_factor, "scaled by a tensor of one element", {}),
+    "a slice": (_slice_between, "a slice stands between", {}),
+    "an eps that is computed": (_eps_input, "eps is a graph input", {}),
+    "fp8 before the residual": (_fp8_before, "a cast stands between", {"dtype": BF16}),
+    "a wide sum read again": (_wide_sum_kept, "used in another dtype", {"dtype": BF16}),
+    "layer norm": (_layer_norm, "LayerNorm follows, not RMSNorm", {}),
+    "nothing follows": (_nothing_follows, "no RMSNorm follows, but aten::relu", {}),
+    "bias alone": (_bias_between, "shapes differ: the residual is broadcast", {}),
     "waited twice": (_waited_twice, "not waited for exactly once", {}),
     "weight computed later": (_weight_behind, "computed behind the sum", {}),
     "rows split": (_row_split, "no RMSNorm follows", {}),
     "weight of another norm": (_weight_of_another_norm, "no RMSNorm follows", {}),
     "weight of one element": (plain, "is no row", {"weight": (1,)}),
     "residual of one row": (plain, "shapes differ", {"residual": (1, H)}),
-    "wide weight": (plain, "dtypes differ", {"dtype": BF16, "weight_dtype": FP32}),
-    "wide residual": (plain, "dtypes differ", {"dtype": BF16, "residual_dtype": FP32}),
-    "no plan for the dtype": (plain, "no plan for torch.float64", {"dtype": torch.float64}),
+    "no plan for the dtype": (plain, "no plan for float64", {"dtype": torch.float64}),
 }
+
+
+def test_the_reason_names_another_collective() -> None:
+    module = trace(_two_groups)
+    one = fusion()
+    one(module.graph)
+    assert one.sites[0].why.startswith("another collective follows: _c10d_functional::all_reduce")
 
 
 @pytest.mark.parametrize("case", CASES)

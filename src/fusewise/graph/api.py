@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import warnings
+import weakref
 from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -12,13 +14,15 @@ import torch.distributed as dist
 
 from fusewise.errors import InputError, UnavailableError
 from fusewise.graph.fusion_pass import FusionPass
-from fusewise.graph.inductor import options_with, require
+from fusewise.graph.inductor import InductorBackend, mode_options, require
 from fusewise.run.communicator import Communicator
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
     from fusewise.profiles.schema import Profile
+
+log = logging.getLogger("fusewise")
 
 Model = TypeVar("Model", bound=Callable[..., Any])
 
@@ -29,10 +33,11 @@ def fusion_pass(
     *,
     communicator: Communicator | None = None,
     group_names: Collection[str] = (),
+    scale_first: bool = False,
 ) -> FusionPass:
-    """A pass for people who own their ``torch.compile`` call.
+    """A pass for ``compile(model, fusion=...)``, or for those who own their ``torch.compile`` call.
 
-    Use it as ``torch.compile(model, options={"post_grad_custom_pre_pass": fusion_pass()})``.
+    They use it as ``torch.compile(model, options={"post_grad_custom_pre_pass": fusion_pass()})``.
     Collective unless a communicator is given.
 
     Args:
@@ -41,6 +46,8 @@ def fusion_pass(
         communicator: one that exists already; then ``group`` and ``profile`` must be None.
         group_names: further names of the group, as engines' own operators use them. Groups of
             the same ranks that exist by now, such as a device mesh's, are known anyway.
+        scale_first: a factor between an all-reduce and its norm may be applied before the sum
+            even if it is no power of two, which moves a rounding.
 
     Raises:
         InputError: a communicator and a group or profile were given.
@@ -51,12 +58,14 @@ def fusion_pass(
     if communicator is not None and (group is not None or profile is not None):
         raise InputError("a communicator already has its group and its profile", got="both")
     used = communicator or Communicator(group, profile)
+    log.info("%s: the pass decides by %s", used.group, used.source)
     return FusionPass(
-        used.group.name,
+        used.handle,
         used.plans,
-        group_names={*group_names, *names_of(used.group.ranks)},
+        group_names={*group_names, used.group.name, *names_of(used.group.ranks)},
         device_type=used.group.device.type,
         communicator=used,
+        scale_first=scale_first,
     )
 
 
@@ -101,17 +110,21 @@ def compile(
     """
     if fusion is not None and (group is not None or profile is not None):
         raise InputError("the pass already has its group and its profile", got="both")
-    chosen: dict[str, Any] = {}
-    if mode is not None and mode != "default":
-        from torch._inductor import list_mode_options
-
-        chosen |= list_mode_options(mode, dynamic)
-    chosen |= options or {}
     try:
         require()
-        chosen = options_with(fusion or fusion_pass(group, profile), chosen)
+        used = fusion or fusion_pass(group, profile)
     except UnavailableError as refused:
         warnings.warn(f"compiled without fusewise: {refused}", RuntimeWarning, stacklevel=2)
-    return torch.compile(  # type: ignore[return-value]
-        model, dynamic=dynamic, options=chosen or None, **torch_compile
-    )
+        settings = mode_options(mode, dynamic) | (options or {})
+        return torch.compile(  # type: ignore[return-value]
+            model, dynamic=dynamic, options=settings or None, **torch_compile
+        )
+    backend = InductorBackend(used, mode, options, dynamic)
+    compiled = torch.compile(model, backend=backend, dynamic=dynamic, **torch_compile)
+    weakref.finalize(compiled, _tell_unused, used)
+    return compiled  # type: ignore[return-value]
+
+
+def _tell_unused(fusion: FusionPass) -> None:
+    if not fusion.graphs:
+        log.warning("a compiled model is gone and nothing was compiled. %s", fusion.explain())

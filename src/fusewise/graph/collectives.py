@@ -47,6 +47,13 @@ class Reduction:
     obstacle: str = ""
 
 
+def reduction_behind(result: Node) -> Reduction | None:
+    """The all-reduce whose sum ``result`` is, or None."""
+    start = argument(result, 0, "input") if op_name(result) == _WAIT else result
+    found = reduction_at(start) if isinstance(start, Node) else None
+    return found if found is not None and found.result is result else None
+
+
 def reduction_at(node: Node) -> Reduction | None:
     """The all-reduce that ``node`` starts, or None."""
     name = op_name(node)

@@ -14,7 +14,7 @@ from fusewise.operation import Op, is_unfused
 from fusewise.profiles.bands import Band, Plan, baseline_path, default_band
 from fusewise.shape import ELEMENT_BYTES
 
-Choice = Literal["fuse", "decide per call", "all_reduce only", "leave"]
+Choice = Literal["fuse", "decide per call", "all_reduce only", "join", "leave"]
 
 
 @dataclass(frozen=True)

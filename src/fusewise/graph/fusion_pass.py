@@ -1,33 +1,30 @@
-"""The graph pass: visits every all-reduce once, decides, rewrites, and remembers why.
+"""The graph pass: looks at every all-reduce once, decides, lets the ranks compare, then rewrites.
 
-A ``FusionPass`` is what Inductor calls between the trace and its own passes; it works on any fx
-graph of aten operators whose nodes carry fake values. It never runs a kernel and never talks to
-another rank: ranks agree because their plans and their graphs are equal.
+A ``FusionPass`` works on any fx graph of aten operators whose nodes carry fake values. It never
+runs a kernel. It says in the log what it did, and remembers why.
 """
 
 from __future__ import annotations
 
-import functools
-import hashlib
-import json
 import logging
+from collections import Counter
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-import fusewise
 from fusewise.backends.base import DTYPE_NAMES
+from fusewise.graph.agreement import Agreement
 from fusewise.graph.collectives import Reduction, reduction_at
 from fusewise.graph.decide import Choice, decide
-from fusewise.graph.nodes import UnlikeError, shape_text, token_range, value
+from fusewise.graph.nodes import UnlikeError, dtype_text, shape_text, token_range, value
 from fusewise.graph.rewrite import fuse, replace_all_reduce
-from fusewise.graph.sites import match
+from fusewise.graph.sites import Match, match
+from fusewise.graph.sums import Rules
 from fusewise.profiles.bands import Plan
 from fusewise.shape import DType
 
 if TYPE_CHECKING:
-    from torch.fx import Graph
+    from torch.fx import Graph, Node
 
     from fusewise.run.communicator import Communicator
 
@@ -58,11 +55,13 @@ class FusionPass:
     """A custom Inductor pass bound to one group and its plans.
 
     Args:
-        group: torch's name of the group, under which a communicator is registered.
+        group: what rewritten graphs call the communicator: its handle, or torch's group name.
         plans: what to do at which size, per dtype.
-        group_names: further names under which graphs know the group, such as vLLM's ``"tp:0"``.
+        group_names: names under which graphs know the group, such as vLLM's ``"tp:0"``.
         device_type: where the communicator's tensors live; None: all-reduces of any device.
-        communicator: kept alive as long as the pass is.
+        communicator: kept alive as long as the pass is; its ranks agree on every graph.
+        scale_first: a factor behind an all-reduce may be applied before it though it is no power
+            of two: one rounding more, on each rank's part instead of the sum.
     """
 
     def __init__(
@@ -73,14 +72,17 @@ class FusionPass:
         group_names: Collection[str] = (),
         device_type: str | None = None,
         communicator: Communicator | None = None,
+        scale_first: bool = False,
     ) -> None:
         self.group = group
         self.group_names = frozenset({group, *group_names})
         self.plans: dict[str, Plan] = dict(plans.items())
         self.device_type = device_type
         self.communicator = communicator
+        self.rules = Rules(self.group_names, scale_first)
         self.sites: list[Site] = []
         self.graphs = 0
+        self._agreement = Agreement(communicator.group if communicator is not None else None)
 
     def __deepcopy__(self, memo: dict[int, object]) -> FusionPass:
         """Itself: Inductor copies its options, and a communicator cannot be copied."""
@@ -88,55 +90,84 @@ class FusionPass:
 
     def __call__(self, graph: Graph) -> None:
         """Rewrites the sites of one graph in place. Linear in the number of nodes."""
-        before = len(self.sites)
-        for node in list(graph.nodes):
-            reduction = reduction_at(node)
-            if reduction is not None:
-                self.sites.append(self._visit(graph, reduction))
+        self.rewrite(graph)
+
+    def rewrite(self, graph: Graph, inference: bool = True) -> None:
+        """The same; a graph with a backward half (``inference`` False) is only looked at."""
+        reductions = [found for node in graph.nodes if (found := reduction_at(node)) is not None]
+        sites = self._look(reductions)
+        if not inference:
+            sites = [_left(site, "a training graph") for site in sites]
+        if not self._agreement.reached([(site.node, _kind(site)) for site in sites]):
+            sites = [_left(site, "the ranks' graphs differ") for site in sites]
+        for reduction, site in zip(reductions, sites, strict=True):
+            if _kind(site) == "fuse":
+                fuse(graph, match(_again(reduction), self.rules), self.group)
+            elif site.choice == "all_reduce only":
+                replace_all_reduce(graph, _again(reduction), self.group)
+        self.sites += sites
         self.graphs += 1
-        met = self.sites[before:]
-        log.info("%d of %d all-reduces rewritten", sum(s.rewritten for s in met), len(met))
+        self._tell(sites)
 
-    def _visit(self, graph: Graph, reduction: Reduction) -> Site:
+    def _look(self, reductions: list[Reduction]) -> list[Site]:
+        """What is to become of each all-reduce of a graph; nothing is changed yet."""
+        sites: list[Site] = []
+        joined: dict[Node, Site] = {}
+        for reduction in reductions:
+            site = joined.get(reduction.result)
+            if site is None:
+                site, found = self._visit(reduction)
+                others = found.parts.reductions[1:] if found is not None else ()
+                choice: Choice = "join" if _kind(site) == "fuse" else "leave"
+                for other in others:
+                    why = f"summed with {site.node}" if choice == "join" else site.why
+                    node = str(other.result.name)
+                    joined[other.result] = replace(site, node=node, choice=choice, why=why)
+            sites.append(site)
+        return sites
+
+    def _visit(self, reduction: Reduction) -> tuple[Site, Match | None]:
         tensor = value(reduction.x)
-        name = str(reduction.result.name)
         shape = shape_text(tensor) if tensor is not None else "shape unknown"
-
-        def site(choice: Choice, why: str, tokens: str = "not looked at") -> Site:
-            return Site(self.graphs, name, shape, tokens, choice, why)
-
+        site = Site(self.graphs, str(reduction.result.name), shape, "not looked at", "leave", "")
         if reduction.group not in self.group_names:
-            return site("leave", f"another group: {reduction.group!r}")
+            return replace(site, why=f"another group: {reduction.group!r}"), None
         if tensor is not None and self.device_type not in (None, tensor.device.type):
-            return site("leave", f"on another device: {tensor.device}")
+            return replace(site, why=f"on another device: {tensor.device}"), None
         try:
-            found = match(reduction)
+            found = match(reduction, self.rules)
         except UnlikeError as unlike:
-            return site("leave", str(unlike))
+            return replace(site, why=str(unlike)), None
         assert tensor is not None  # match looked at it
-        plan = self.plans.get(DTYPE_NAMES.get(tensor.dtype, ""))
+        plan = self.plans.get(DTYPE_NAMES.get(found.dtype, ""))
         if plan is None:
-            return site("leave", f"no plan for {tensor.dtype}")
+            return replace(site, why=f"no plan for {dtype_text(found.dtype)}"), None
         tokens = token_range(tensor)
-        decision = decide(plan, int(tensor.shape[-1]), tokens, reduction.source == "torch")
-        if decision.choice in ("fuse", "decide per call"):
-            fuse(graph, found, self.group)
-        elif decision.choice == "all_reduce only":
-            replace_all_reduce(graph, reduction, self.group)
-        return site(decision.choice, decision.why, str(tokens))
+        torchs = reduction.source == "torch" and len(found.parts.reductions) == 1
+        torchs = torchs and found.dtype == tensor.dtype
+        decision = decide(plan, int(tensor.shape[-1]), tokens, torch_reduces=torchs)
+        return replace(site, tokens=str(tokens), choice=decision.choice, why=decision.why), found
 
-    def uuid(self) -> str:
-        """What Inductor's caches key on: equal only for equal code, group names and plans."""
-        digests = {dtype: plan.digest for dtype, plan in sorted(self.plans.items())}
-        identity = [fusewise.__version__, _source(), self.group, sorted(self.group_names), digests]
-        return "fusewise-" + hashlib.sha256(json.dumps(identity).encode()).hexdigest()
+    def _tell(self, sites: list[Site]) -> None:
+        """One line about a graph: a warning where it all-reduces and nothing was done about it."""
+        if not sites or (self.communicator is not None and self.communicator.group.rank):
+            return
+        done = sum(site.rewritten for site in sites)
+        reasons = Counter(site.why for site in sites if not site.rewritten)
+        left = "; ".join(f"{count} left: {why}" for why, count in reasons.most_common())
+        level = logging.INFO if done else logging.WARNING
+        words = f"{done} of {len(sites)} all-reduces rewritten{'; ' if left else ''}{left}"
+        log.log(level, "graph %d: %s", self.graphs - 1, words)
+
+    def uuid(self) -> None:
+        """None: Inductor's hook lies behind its caches, where a hit on one rank would go unseen."""
 
     def explain(self) -> str:
         """Every site of every graph compiled through this pass so far, and why."""
         if not self.graphs:
             return (
-                "No graph was compiled through this pass yet. A graph that Inductor takes from "
-                "its cache was rewritten when it was first compiled."
+                "No graph was compiled through this pass yet. Call the compiled model itself: "
+                "methods of it, such as generate(), run the model that was given."
             )
         lines = []
         for number in range(self.graphs):
@@ -147,10 +178,17 @@ class FusionPass:
         return "\n".join(lines)
 
 
-@functools.cache
-def _source() -> str:
-    """SHA-256 of this package's files: another pass means other graphs."""
-    digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("*.py")):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()
+def _kind(site: Site) -> str:
+    """What is put into the graph: whether the plan is asked now or at each call is the same."""
+    return "fuse" if site.choice == "decide per call" else site.choice
+
+
+def _left(site: Site, why: str) -> Site:
+    return replace(site, choice="leave", why=why) if site.rewritten else site
+
+
+def _again(reduction: Reduction) -> Reduction:
+    """The same all-reduce as its graph has it by now."""
+    found = reduction_at(reduction.calls[-1])
+    assert found is not None  # only its own rewrite erases it
+    return found

@@ -1,16 +1,19 @@
 """Where the pass meets Inductor. Everything taken from torch's private side is checked here.
 
-Read in torch 2.11.0 and 2.13.0: ``post_grad_custom_pre_pass`` runs on the graph after AOTAutograd
-and its decompositions, before Inductor's own rewrites; there the collectives are still
-``_c10d_functional`` calls and nothing was reordered. 2.11 takes one pass, 2.13 also a list, so two
-passes are chained here. A pass counts for the caches only if it is a ``CustomGraphPass``.
+``InductorBackend`` is Inductor with the pass in front of it: behind AOTAutograd, its
+decompositions and the joint passes, where the collectives are still ``_c10d_functional`` calls and
+nothing was reordered; before Inductor looks into its cache of compiled graphs, so that the cache
+knows a graph by what the pass made of it and every rank's pass sees every graph. AOTAutograd's
+own cache lies in front of that and is not asked. Read in torch 2.11.0 and 2.13.0.
+
+The hook ``post_grad_custom_pre_pass``, for those who own their ``torch.compile``, lies behind the
+caches: graphs compiled through it are not cached.
 """
 
 from __future__ import annotations
 
 import inspect
 from abc import ABCMeta
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -22,25 +25,61 @@ from fusewise.graph.fusion_pass import FusionPass
 HOOK = "post_grad_custom_pre_pass"
 
 
-class PassChain:
-    """Passes run one after the other as one pass."""
+class InductorBackend(torch._TorchCompileInductorWrapper):
+    """``torch.compile(model, backend=...)``: Inductor behind the pass.
 
-    def __init__(self, passes: Sequence[Any]) -> None:
-        self.passes = tuple(passes)
+    Args:
+        fusion: the pass.
+        mode, options, dynamic: as for ``torch.compile``; mode and options may come together.
+    """
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> PassChain:
-        """Itself: Inductor copies its options, and a communicator cannot be copied."""
-        return self
+    def __init__(
+        self,
+        fusion: FusionPass,
+        mode: str | None = None,
+        options: dict[str, Any] | None = None,
+        dynamic: bool | None = None,
+    ) -> None:
+        settings = mode_options(mode, dynamic) | (options or {})
+        super().__init__(None, settings, dynamic)  # type: ignore[no-untyped-call]
+        self.fusion = fusion
 
-    def __call__(self, graph: torch.fx.Graph) -> None:
-        """Runs each on ``graph``."""
-        for one in self.passes:
-            one(graph)
+    def __eq__(self, other: object) -> bool:
+        """Code compiled for one pass never serves another."""
+        same = super().__eq__(other)  # type: ignore[no-untyped-call]
+        return bool(same) and isinstance(other, InductorBackend) and self.fusion is other.fusion
 
-    def uuid(self) -> tuple[Any, ...] | None:
-        """All uuids; None, which keeps a graph out of the cache, if one pass has none."""
-        parts = tuple(one.uuid() if hasattr(one, "uuid") else None for one in self.passes)
-        return None if None in parts else parts
+    def __hash__(self) -> int:
+        return hash(id(self.fusion))
+
+    def __call__(self, model_: Any, inputs_: Any, **given: Any) -> Any:
+        """The compiled form of one of Dynamo's graphs."""
+        from torch._functorch import config as functorch_config
+        from torch._inductor.compile_fx import compile_fx
+
+        patches = {**self.config, **(given.pop("config_patches", None) or {})}
+        with functorch_config.patch(enable_autograd_cache=False):
+            return compile_fx(model_, inputs_, inner_compile=self._inner, config_patches=patches)
+
+    def _inner(self, gm: torch.fx.GraphModule, example_inputs: Any, **given: Any) -> Any:
+        from torch._inductor.compile_fx import compile_fx_inner
+
+        inference = bool(given.get("is_inference"))
+        for module in gm.modules():  # regions compiled on their own are submodules
+            if isinstance(module, torch.fx.GraphModule):
+                module.graph.eliminate_dead_code()
+                self.fusion.rewrite(module.graph, inference=inference)
+                module.recompile()
+        return compile_fx_inner(gm, example_inputs, **given)
+
+
+def mode_options(mode: str | None, dynamic: bool | None) -> dict[str, Any]:
+    """The options that one of ``torch.compile``'s modes stands for."""
+    if mode is None or mode == "default":
+        return {}
+    from torch._inductor import list_mode_options
+
+    return dict(list_mode_options(mode, dynamic))
 
 
 def missing_feature() -> str | None:
@@ -76,15 +115,3 @@ def require() -> None:
     from torch._inductor.custom_graph_pass import CustomGraphPass
 
     CustomGraphPass.register(FusionPass)
-    CustomGraphPass.register(PassChain)
-
-
-def options_with(fusion: FusionPass, options: dict[str, Any]) -> dict[str, Any]:
-    """Inductor options with the pass behind whatever pass was there before."""
-    from torch._inductor import config
-
-    before = options.get(HOOK, getattr(config, HOOK))
-    if before is None or before is fusion:
-        return options | {HOOK: fusion}
-    earlier = before if isinstance(before, (list, tuple)) else [before]
-    return options | {HOOK: PassChain([*earlier, fusion])}

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _CASTS = {"prims::convert_element_type", "aten::_to_copy", "aten::to.dtype"}
+_HALVES = {torch.bfloat16, torch.float16}
+_FLOATS = _HALVES | {torch.float32, torch.float64}
 _VIEWS = {"aten::view", "aten::reshape", "aten::_unsafe_view"}
 
 
@@ -55,11 +57,32 @@ def sole_user(node: Node) -> Node | None:
 
 
 def is_cast(node: Node, to: torch.dtype | None = None) -> bool:
-    """Whether a node only changes its input's dtype, to ``to`` if given."""
+    """Whether a node only changes a float's width, to ``to`` if given.
+
+    From and to fp8 is no change of width: it is a quantisation, and never skipped.
+    """
     if op_name(node) not in _CASTS:
         return False
+    before, after = value(node.all_input_nodes[0]), value(node)
+    if before is None or after is None or to not in (None, after.dtype):
+        return False
+    return before.dtype in _FLOATS and after.dtype in _FLOATS
+
+
+def widened(node: Node, to: torch.dtype | None = None) -> Node:
+    """What ``node`` was before exact casts to a wider float, no further back than dtype ``to``."""
+    while is_cast(node) and dtype_of(node) != to:
+        source = node.all_input_nodes[0]
+        if dtype_of(node) != torch.float32 or dtype_of(source) not in (_HALVES | {torch.float32}):
+            break
+        node = source
+    return node
+
+
+def dtype_of(node: Node) -> torch.dtype | None:
+    """The dtype of what a node stands for, where that is a tensor."""
     found = value(node)
-    return found is not None and found.is_floating_point() and to in (None, found.dtype)
+    return found.dtype if found is not None else None
 
 
 def is_row_view(node: Node) -> bool:
@@ -91,7 +114,17 @@ def _text(size: int | torch.SymInt) -> str:
 def shape_text(tensor: Tensor) -> str:
     """``[s0, 4096] bfloat16``."""
     sizes = ", ".join(_text(size) for size in tensor.shape)
-    return f"[{sizes}] {str(tensor.dtype).removeprefix('torch.')}"
+    return f"[{sizes}] {dtype_text(tensor.dtype)}"
+
+
+def dtype_text(dtype: torch.dtype | None) -> str:
+    """``bfloat16``."""
+    return str(dtype).removeprefix("torch.")
+
+
+def others_of(node: Node, one: Node) -> list[Node]:
+    """What ``node`` reads beside ``one``."""
+    return [read for read in node.all_input_nodes if read is not one]
 
 
 def token_range(tensor: Tensor) -> TokenRange:

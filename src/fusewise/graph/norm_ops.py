@@ -23,10 +23,13 @@ _PARTIAL = "the norm's variance covers a part of the row"
 
 @dataclass(frozen=True)
 class Norm:
-    """``out = rms_norm(x) · (weight + weight_bias)``; ``inner`` are its nodes, ``out`` last."""
+    """``out = rms_norm(x) · (weight + weight_bias)``; ``inner`` are its nodes, ``out`` last.
+
+    Without a weight ``out`` is the normalised row; what multiplies it stays in the graph.
+    """
 
     out: Node
-    weight: Node
+    weight: Node | None
     eps: float
     weight_bias: float
     inner: tuple[Node, ...]
@@ -94,11 +97,11 @@ def add_norm(x: Node, user: Node) -> AddNorm | None:
     return AddNorm(_norm(out, weight, eps, user), residual, total[0] if total else None)
 
 
-def _norm(out: Node, weight: Any, eps: Any, call: Node) -> Norm:
-    if not isinstance(weight, Node):
-        raise UnlikeError("the norm has no weight")
+def _norm(out: Node, weight: Node | None, eps: Any, call: Node) -> Norm:
+    if isinstance(eps, Node):
+        raise UnlikeError("eps is a graph input")
     if not isinstance(eps, float):
-        raise UnlikeError("eps is not a constant")  # None: torch's default depends on its version
+        raise UnlikeError("eps is not given")  # torch's default depends on its version
     return Norm(out, weight, eps, 0.0, (call,) if out is call else (call, out))
 
 

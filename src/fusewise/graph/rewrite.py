@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import operator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch.fx import Graph, Node
+from torch.fx.node import map_arg
 
 import fusewise.run.operators  # noqa: F401  registers torch.ops.fusewise
 from fusewise.graph.collectives import Reduction
+from fusewise.graph.nodes import dtype_of, value
 from fusewise.graph.sites import Match
+from fusewise.graph.sums import Term
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
+
+aten = torch.ops.aten
 
 
 def fuse(graph: Graph, found: Match, group: str) -> None:
@@ -22,39 +27,83 @@ def fuse(graph: Graph, found: Match, group: str) -> None:
     Readers of the norm get its first result, readers of the sum its second. Nodes of the site
     that are read by nothing else disappear.
     """
-    norm = found.norm
+    norm, reductions = found.norm, found.parts.reductions
+    x = found.parts.terms[0].node
+    weight = norm.weight or _ones(graph, x, found.dtype)
+    inputs = [t for t in found.parts.terms if t.reduction is not None]
     with graph.inserting_before(found.anchor):
-        x = found.reduction.x
-        for view in found.views:
-            x = _call(graph, view.target, (x, *view.args[1:]), view)
-        fused = graph.call_function(
+        operands = _sum(graph, inputs, found.dtype), _sum(graph, found.addends, found.dtype)
+        fused = _call(
+            graph,
             torch.ops.fusewise.all_reduce_rms_norm.default,
-            (x, found.residual, norm.weight, norm.eps, norm.weight_bias, group),
+            (*operands, weight, norm.eps, norm.weight_bias, group),
         )
-        total = found.total or norm.out
-        fused.meta["val"] = (norm.out.meta["val"], total.meta["val"])
-        out = _call(graph, operator.getitem, (fused, 0), norm.out)
-        kept = _call(graph, operator.getitem, (fused, 1), total)
+        out = _call(graph, operator.getitem, (fused, 0))
+        kept = _call(graph, operator.getitem, (fused, 1))
+        out = _cast(graph, out, dtype_of(norm.out))
     norm.out.replace_all_uses_with(out)
-    if found.total is not None:
-        found.total.replace_all_uses_with(kept)
-    site = (*reversed(found.inner), *reversed(found.views), *found.reduction.calls)
-    _erase_unread(graph, (*site, kept))
+    for total in found.totals:
+        total.replace_all_uses_with(kept)
+    calls = [call for reduction in reductions for call in reduction.calls]
+    # Of everything that led here, what nothing reads any more; readers before what they read.
+    old = sorted({*norm.inner, *found.totals, *found.parts.inner, *calls}, reverse=True)
+    _erase_unread(graph, (*old, kept))
 
 
 def replace_all_reduce(graph: Graph, reduction: Reduction, group: str) -> None:
     """Replaces torch's all-reduce and its wait by ``fusewise.all_reduce``; the norm stays."""
     with graph.inserting_before(reduction.calls[-1]):
-        target = torch.ops.fusewise.all_reduce.default
-        ours = _call(graph, target, (reduction.x, group), reduction.result)
+        ours = _call(graph, torch.ops.fusewise.all_reduce.default, (reduction.x, group))
     reduction.result.replace_all_uses_with(ours)
     _erase_unread(graph, reduction.calls)
 
 
-def _call(graph: Graph, target: object, args: tuple[object, ...], like: Node) -> Node:
-    """A call whose value looks like that of an existing node."""
-    node = graph.call_function(target, args)  # type: ignore[arg-type]
-    node.meta["val"] = like.meta["val"]
+def _sum(graph: Graph, terms: Iterable[Term], dtype: torch.dtype) -> Node | None:
+    """The terms, each behind its steps, added up; the widest shape first, so that rows fit."""
+    total: Node | None = None
+    for term in sorted(terms, key=_rows, reverse=True):
+        node = term.node
+        for step, position in term.steps:
+            node = _call(
+                graph, step.target, (*step.args[:position], node, *step.args[position + 1 :])
+            )
+        node = _cast(graph, node, dtype)
+        total = node if total is None else _call(graph, aten.add.Tensor, (total, node))
+    return total
+
+
+def _rows(term: Term) -> int:
+    found = value(term.node)
+    return found.ndim if found is not None else 0
+
+
+def _cast(graph: Graph, node: Node, dtype: torch.dtype | None) -> Node:
+    if dtype in (None, dtype_of(node)):
+        return node
+    return _call(graph, torch.ops.prims.convert_element_type.default, (node, dtype))
+
+
+def _ones(graph: Graph, like: Node, dtype: torch.dtype) -> Node:
+    """A row of ones for norms without a weight, once per graph."""
+    tensor = value(like)
+    assert tensor is not None  # it was matched
+    key = (tensor.shape[-1], dtype, tensor.device)
+    for node in graph.find_nodes(op="call_function", target=aten.full.default):
+        if node.meta.get("fusewise_ones") == key:
+            return cast("Node", node)
+    inputs = [node for node in graph.nodes if node.op in ("placeholder", "get_attr")]
+    with graph.inserting_after(inputs[-1]), tensor.fake_mode:  # type: ignore[attr-defined]
+        keywords: dict[str, Any] = {"dtype": dtype, "device": tensor.device}
+        ones = graph.call_function(aten.full.default, ([tensor.shape[-1]], 1.0), keywords)
+        ones.meta |= {"val": aten.full(*ones.args, **keywords), "fusewise_ones": key}
+    return ones
+
+
+def _call(graph: Graph, target: Any, args: tuple[Any, ...]) -> Node:
+    """A call and its fake value."""
+    node = graph.call_function(target, args)
+    with torch.no_grad():
+        node.meta["val"] = target(*map_arg(args, lambda read: read.meta["val"]))
     return node
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import weakref
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -26,6 +25,7 @@ from fusewise.profiles.bands import Band, Plan
 from fusewise.profiles.schema import Profile
 from fusewise.ranks.agreement import agreed_plans, fingerprint_of
 from fusewise.ranks.group import Group
+from fusewise.run import registry
 from fusewise.run.border import ROWS, mismatch, rows_of, usable
 from fusewise.shape import Shape
 
@@ -40,24 +40,6 @@ log = logging.getLogger("fusewise")
 _MAX_MESSAGE_BYTES = 64 * 2**20  # where the published engine tables end
 _MAX_HIDDEN_SIZE = 8192
 _MAX_ROUTES = 100_000  # decisions kept; one per shape seen
-
-_by_name: weakref.WeakValueDictionary[str, Communicator] = weakref.WeakValueDictionary()
-
-
-def communicator_for(name: str) -> Communicator:
-    """The open communicator of a torch process group's name.
-
-    Raises:
-        UnavailableError: none was made for that group.
-    """
-    found = _by_name.get(name)
-    if found is None:
-        raise UnavailableError(
-            f"no communicator for process group {name!r}",
-            got=f"communicators for {sorted(_by_name)}",
-            hint="Create fusewise.Communicator(group) before running the compiled model.",
-        )
-    return found
 
 
 class Communicator:
@@ -117,14 +99,15 @@ class Communicator:
             self.plans, self.source = agreed_plans(
                 self.group, self.node, profile, default, excluded
             )
-        self.activate()
+        self.handle = registry.new_handle(self)  # what compiled graphs call this one
 
     def activate(self) -> None:
-        """Makes this the communicator that compiled graphs find under the group's name.
+        """Makes this the communicator that operators find under the group's name.
 
-        The one constructed last is it already; this is for taking turns.
+        The one constructed last is it already; this is for taking turns. Graphs compiled with a
+        communicator find it by its handle, whosever turn it is.
         """
-        _by_name[self.group.name] = self
+        registry.activate(self)
 
     def _build(self, excluded: set[str]) -> set[str]:
         """Builds what the plans name and is missing; returns what failed, the same on all ranks."""
@@ -156,6 +139,9 @@ class Communicator:
         Raises:
             InputError: another dtype or device, or a tensor that needs a gradient.
         """
+        if torch.compiler.is_compiling():
+            reduced: Tensor = torch.ops.fusewise.all_reduce(x, self._name_in_graph())
+            return reduced
         rows = rows_of(x, "x", self.group.device)
         if self.group.world_size == 1 or rows.numel() == 0:
             return x.clone(memory_format=torch.contiguous_format)
@@ -185,6 +171,11 @@ class Communicator:
         Raises:
             InputError: shapes, dtypes or devices do not fit together.
         """
+        if torch.compiler.is_compiling():
+            both: tuple[Tensor, Tensor] = torch.ops.fusewise.all_reduce_rms_norm(
+                x, residual, weight, eps, weight_bias, self._name_in_graph()
+            )
+            return both
         rows = rows_of(x, "x", self.group.device)
         if residual is not None:
             if residual.shape != x.shape or residual.dtype != x.dtype:
@@ -229,6 +220,10 @@ class Communicator:
         """
         for backend in self._backends.values():
             backend.check()
+
+    def _name_in_graph(self) -> str:
+        """The handle; in an exported program the group's name, which other processes know."""
+        return self.group.name if torch.compiler.is_exporting() else self.handle
 
     def _route(self, op: Op, rows: Tensor, bare: bool, biased: bool) -> Backend:
         key = (op, rows.shape, rows.dtype, bare, biased)
@@ -281,8 +276,7 @@ class Communicator:
     def _retire(self) -> list[Backend]:
         backends, self._backends = list(self._backends.values()), {}
         self._routes.clear()
-        if _by_name.get(self.group.name) is self:
-            del _by_name[self.group.name]
+        registry.retire(self)
         return backends
 
     def __enter__(self) -> Communicator:

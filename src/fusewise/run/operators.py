@@ -9,7 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fusewise.run.communicator import Communicator, communicator_for
+from fusewise.errors import InputError
+from fusewise.run.communicator import Communicator
+from fusewise.run.registry import communicator_for
 
 __all__ = ["Communicator", "all_reduce", "all_reduce_rms_norm"]
 
@@ -40,3 +42,20 @@ def _(
 ) -> tuple[Tensor, Tensor]:
     like = torch.empty_like(x, memory_format=torch.contiguous_format)
     return like, torch.empty_like(like)
+
+
+def _refuse(ctx: object, inputs: tuple[object, ...], output: object) -> None:
+    """Runs in the forward call of an operator, but only where a gradient would be recorded."""
+    raise InputError(
+        "fusewise's operators have no gradient",
+        got="a tensor that requires one",
+        hint="Call the model under torch.no_grad() or torch.inference_mode().",
+    )
+
+
+def _never(ctx: object, *gradients: Tensor) -> None:
+    raise AssertionError("no gradient was recorded")
+
+
+for _operator in (all_reduce, all_reduce_rms_norm):
+    _operator.register_autograd(_never, setup_context=_refuse)
