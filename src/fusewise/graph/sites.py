@@ -19,6 +19,7 @@ from fusewise.graph.nodes import (
     is_cast,
     is_static,
     same_shape,
+    sole_user,
     value,
 )
 from fusewise.graph.norm_ops import Norm, add_norm
@@ -85,7 +86,10 @@ def _search(so_far: Sum, rules: Rules) -> Match:
         try:
             if isinstance(further, UnlikeError):
                 raise further
-            return _search(further, rules)
+            found = _search(further, rules)
+            if sole_user(so_far.at) is None:
+                raise UnlikeError(USED_ELSEWHERE)
+            return found
         except UnlikeError as unlike:
             reason = reason or unlike
     try:
