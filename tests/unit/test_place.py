@@ -18,14 +18,13 @@ def machine(monkeypatch: pytest.MonkeyPatch, gpus: int, free_gib: float = 140.0)
 def test_a_gpu_each_where_there_are_as_many(monkeypatch: pytest.MonkeyPatch) -> None:
     machine(monkeypatch, 4)
     found = place_for(4, share=True)
-    assert (found.kind, found.process_group, found.captures) == ("cuda", "nccl", True)
+    assert (found.kind, found.process_group) == ("cuda", "nccl")
     assert [found.device(rank) for rank in range(4)] == [f"cuda:{rank}" for rank in range(4)]
-    assert (found.environment, found.timed) == ({}, None)
-    found.refuse_timing("tune")
+    assert found.environment == {}
 
 
 @pytest.mark.parametrize(("gpus", "ranks"), [(1, 2), (1, 8), (2, 8)])
-def test_fewer_gpus_are_shared_evenly_and_never_timed(
+def test_fewer_gpus_are_shared_evenly(
     monkeypatch: pytest.MonkeyPatch, gpus: int, ranks: int
 ) -> None:
     machine(monkeypatch, gpus)
@@ -35,14 +34,12 @@ def test_fewer_gpus_are_shared_evenly_and_never_timed(
         f"cuda:{rank % gpus}" for rank in range(ranks)
     ]
     assert found.environment == {SHARED_SWITCH: "1"}
-    with pytest.raises(UnavailableError, match="take turns"):
-        found.refuse_timing("tune")
 
 
 def test_no_gpu_means_cpu_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     machine(monkeypatch, 0)
     found = place_for(3, share=True)
-    assert (found.kind, found.device(2), found.captures) == ("cpu", "cpu", False)
+    assert (found.kind, found.device(2), found.environment) == ("cpu", "cpu", {})
 
 
 def test_nobody_who_passed_nothing_is_told_of_two(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Where the ranks of a group run, decided once: device, process group, what a time there is worth.
+"""Where the ranks of a group run, decided once: their devices and their process group.
 
 Three kinds of place: a GPU per rank, GPUs that several ranks share, and CPUs. Everything that
 differs between them is a field here. Imports no torch, starts nothing and measures nothing.
@@ -21,7 +21,10 @@ _CPU_RANKS = 8
 _SHARED_RANKS = 8
 # A CUDA context with torch's and FlashInfer's kernels, and the workspaces of one verification.
 _RANK_BYTES = 2 * 2**30
-_SHARE = "`fusewise verify` lets ranks share a GPU; their times would mean nothing."
+_SHARE = (
+    "Ranks that share a GPU take turns on it, so their times mean nothing; `fusewise verify` "
+    "checks results that way."
+)
 
 
 @dataclass(frozen=True)
@@ -32,15 +35,11 @@ class Place:
         kind: as in the registry's tables and ``Fingerprint.kind``.
         device_type: torch's.
         process_group: torch.distributed's backend. NCCL refuses two ranks on one GPU.
-        captures: whether calls can be captured in CUDA graphs.
-        timed: why a time taken there decides nothing; None where it does.
     """
 
     kind: Kind
     device_type: str
     process_group: str
-    captures: bool
-    timed: str | None = None
 
     @property
     def shared(self) -> bool:
@@ -58,28 +57,12 @@ class Place:
         """What a rank's process needs to be told before it starts."""
         return {SHARED_SWITCH: "1"} if self.shared else {}
 
-    def refuse_timing(self, what: str) -> None:
-        """Where times decide nothing, says so.
-
-        Raises:
-            UnavailableError: the ranks would share a GPU.
-        """
-        if self.timed is not None:
-            raise UnavailableError(
-                f"{what} needs a GPU per rank",
-                got=self.timed,
-                hint="`fusewise verify` checks results with ranks that share a GPU.",
-            )
-
 
 PLACES: dict[Kind, Place] = {
-    "cuda": Place("cuda", "cuda", "nccl", captures=True),
-    "shared": Place(
-        "shared", "cuda", "gloo", captures=True,
-        timed="ranks that share a GPU take turns on it, milliseconds each",
-    ),
-    "cpu": Place("cpu", "cpu", "gloo", captures=False),
-}  # fmt: skip
+    "cuda": Place("cuda", "cuda", "nccl"),
+    "shared": Place("shared", "cuda", "gloo"),
+    "cpu": Place("cpu", "cpu", "gloo"),
+}
 
 
 def default_ranks() -> int:

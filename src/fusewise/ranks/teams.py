@@ -80,7 +80,7 @@ def torchrun_team(world_size: int | None, timeout_s: float) -> Team:
     Collective over all torchrun ranks; initialises torch.distributed with gloo.
 
     Raises:
-        InputError: the team size does not divide torchrun's world.
+        InputError: the team size does not divide torchrun's world, or ranks lack a GPU each.
     """
     import torch.distributed as dist
 
@@ -96,6 +96,8 @@ def torchrun_team(world_size: int | None, timeout_s: float) -> Team:
             got=str(size),
             hint="Pass --tp with a divisor, or change --nproc-per-node.",
         )
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    place = place_for(here) if gpu_count() else PLACES["cpu"]
     dist.init_process_group("gloo", timeout=timedelta(seconds=timeout_s))
     world = Group(device="cpu", timeout_s=timeout_s)
     teams = [dist.new_group(list(range(t, t + size))) for t in range(0, total, size)]
@@ -103,5 +105,4 @@ def torchrun_team(world_size: int | None, timeout_s: float) -> Team:
     hosts = peers.gather("hosts", socket.gethostname())
     spread = len(set(hosts))
     host = "127.0.0.1" if spread == 1 else hosts[0]
-    place = PLACES["cuda" if gpu_count() else "cpu"]
     return Team(size, (peers.rank,), (local_rank,), place, peers, world, host, spread)

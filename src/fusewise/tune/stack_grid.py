@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from fusewise.operation import Op
-    from fusewise.tune.operands import Case
+    from fusewise.tune.operands import Case, Values
 
 # What models of the last years have, and 2880: no power of two divides it (gpt-oss).
 HIDDEN_SIZES = (2048, 2880, 4096, 5120, 7168, 8192)
@@ -64,7 +64,8 @@ class StackGrid:
             Shape(min(10, max(self.tokens)), hidden_size, dtype),
         )
         for op in ops:
-            cases += [Case(op, several, 3, "special"), Case(op, middle, 4, "integers")]
+            other: Values = "normals" if op == "all_reduce" else "integers"  # than the usual case's
+            cases += [Case(op, several, 3, "special"), Case(op, middle, 4, other)]
         norm: Op = "all_reduce_rms_norm"
         return [
             *cases,
