@@ -58,7 +58,7 @@ def measured_paths(
     silent = types.SimpleNamespace(phase=lambda *a: None, emit=lambda *a, **k: None)
     tune: Any = types.SimpleNamespace(
         worker=silent, group=None, arena=None, candidates=[backend], samples=[], excluded={},
-        settings=types.SimpleNamespace(rounds=1), node=types.SimpleNamespace(device_type="cpu"),
+        settings=types.SimpleNamespace(rounds=1), node=types.SimpleNamespace(kind="cpu"),
     )  # fmt: skip
     job._measure_point(tune, "all_reduce", SHAPE)
     return [sample.path for sample in tune.samples], tune
