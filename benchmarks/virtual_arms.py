@@ -19,6 +19,7 @@ import torch
 
 from fusewise.backends.native.cuda.build import SOURCES, compile_instance
 from fusewise.backends.native.cuda.launch import Kernels
+from fusewise.backends.native.cuda.params import DEAD_WORDS
 from fusewise.backends.native.cuda.prepare import group_params, one_shot, two_shot
 from fusewise.backends.native.variants import (
     WARP,
@@ -38,7 +39,8 @@ STRATEGIES = {
     "one_shot": (one_shot, SlotLayout.one_shot),
     "two_shot": (two_shot, SlotLayout.two_shot),
 }
-_BODY = "one_shot<FW_TYPE"  # where the floors replace one_shot.cu's only statement
+Code = Callable[[Instance], bytes]
+_BODY = "one_shot<OneShotConfig"  # where the floors replace one_shot.cu's only statement
 _EXCHANGE = """
   const GroupParams& group = params.group;
   const int lane = thread_index();
@@ -50,10 +52,12 @@ _EXCHANGE = """
   warp_barrier();
   push_to_peers<FW_WORLD>(group, offset, own);
   if (lane == 0) store_word(group.epochs, epoch + 1);
-  char* slot = group.slots[group.rank] + offset;
-  Words got[1][FW_WORLD - 1];
-  take_from_peers<FW_WORLD, 1>(group, &slot, 0, epoch & 1u, got);
-  store_words((char*)params.output.out + lane * kVectorBytes, got[0][0]);
+  Arrival<FW_WORLD> peers;
+  peers.slot = group.slots + offset;
+  peers.ask();
+  peers.await(group, 0, epoch & 1u);
+  peers.empty();
+  store_words((char*)params.output.out + lane * kVectorBytes, peers.got[0]);
 """
 FLOORS = {"empty": "dependency_wait(); dependents_launch();", "exchange": _EXCHANGE}
 
@@ -64,8 +68,7 @@ class Patch:
 
     Attributes:
         kernel: ``one_shot`` or ``two_shot``.
-        edits: (file, old text or nothing for all of it, new text); ``{ROW_VECTORS}`` and
-            ``{THREADS}`` in the new text stand for the shape's.
+        edits: (file, old text or nothing for all of it, new text).
         instance: fields of ``Instance`` that change.
         launch: fields of ``LaunchShape`` that change.
     """
@@ -75,25 +78,13 @@ class Patch:
     instance: dict[str, Any] = field(default_factory=dict)
     launch: dict[str, Any] = field(default_factory=dict)
 
-    @property
-    def exact(self) -> bool:
-        """Whether the code depends on the shape beyond the instance."""
-        return any(
-            "{" + name + "}" in new
-            for _, _, new in self.edits
-            for name in ("ROW_VECTORS", "THREADS")
-        )
-
-    def machine_code(self, instance: Instance, sm: int, row_vectors: int, threads: int) -> bytes:
+    def machine_code(self, instance: Instance, sm: int) -> bytes:
         with tempfile.TemporaryDirectory() as folder:
             sources = Path(folder)
             for path in SOURCES.glob("*.cu*"):
                 shutil.copy(path, sources)
-            for name, old, after in self.edits:
+            for name, old, new in self.edits:
                 path = sources / name
-                new = after
-                for word, value in (("{ROW_VECTORS}", row_vectors), ("{THREADS}", threads)):
-                    new = new.replace(word, str(value))
                 if old and old not in path.read_text():
                     raise ValueError(f"{name} has no {old!r}")
                 path.write_text(path.read_text().replace(old, new) if old else new)
@@ -112,11 +103,12 @@ class Node:
         self.out, self.total = torch.empty_like(self.x), torch.empty_like(self.x)
         self.expected = (self.x.float().sum(0) + self.residual.float()).to(dtype)
         self.a = torch.randn(world_size, size[0], GEMM_K, device="cuda").to(dtype) / 32
-        self.b = torch.randn(world_size, GEMM_K, size[1], device="cuda").to(dtype) / 32
+        # One weight matrix: on a real node no rank's weights push another's out of its L2.
+        self.b = torch.randn(GEMM_K, size[1], device="cuda").to(dtype) / 32
 
     def gemm(self, rank: int) -> None:
         """The GEMM whose output is reduced; the current stream's."""
-        torch.mm(self.a[rank], self.b[rank], out=self.x[rank])
+        torch.mm(self.a[rank], self.b, out=self.x[rank])
 
     def poison(self) -> None:
         self.out.fill_(float("nan"))
@@ -151,12 +143,12 @@ class Arm:
 class OurKernels(Kernels):
     """Kernels that share the device among ``share`` grids that must be resident together."""
 
-    def __init__(self, sm: int, multiprocessors: int, share: int, code: bytes) -> None:
+    def __init__(self, sm: int, multiprocessors: int, share: int, code: Code) -> None:
         super().__init__(sm, multiprocessors)
         self._share, self._code = share, code
 
     def machine_code(self, instance: Instance) -> bytes:
-        return self._code
+        return self._code(instance)
 
     def _resident_workers(self, *arguments: Any) -> int:
         return super()._resident_workers(*arguments) // self._share
@@ -175,7 +167,7 @@ def launch_shape(patch: Patch, shape: Shape, world_size: int, sm: int) -> Launch
     return launch
 
 
-def native(node: Node, name: str, patch: Patch, code: bytes) -> Arm:
+def native(node: Node, name: str, patch: Patch, code: Code) -> Arm:
     """One of our kernels on every rank."""
     facts = torch.cuda.get_device_properties(0)
     sm, world = 10 * facts.major + facts.minor, node.world_size
@@ -187,7 +179,7 @@ def native(node: Node, name: str, patch: Patch, code: bytes) -> Arm:
         for _ in range(world)
     ]
     epochs = [torch.zeros(layout.units, dtype=torch.int32, device="cuda") for _ in range(world)]
-    dead = [torch.zeros(1, dtype=torch.int32, device="cuda") for _ in range(world)]
+    dead = [torch.zeros(DEAD_WORDS, dtype=torch.int32, device="cuda") for _ in range(world)]
     status = torch.zeros(world, 8, dtype=torch.int32, pin_memory=True)
     share = world * (2 if launch.instance.early_trigger else 1)
     kernels = OurKernels(sm, facts.multi_processor_count, share, code)

@@ -28,6 +28,7 @@ os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")  # one hardware queue
 
 import torch
 from virtual_arms import FLOORS, Arm, Node, Patch, flashinfer, floor, launch_shape, native
+from virtual_streams import streams_of
 from virtual_summary import tables, targets
 
 from fusewise.backends.native.variants import Instance, vectors_per_row
@@ -40,7 +41,7 @@ SLEEP_CYCLES = 120_000  # a rank: all graphs are enqueued before the first start
 ROOM = 132 * 1024  # threads of our blocks that may wait at once, all ranks together
 Row = dict[str, Any]
 Point = tuple[int, Shape]  # world_size, shape
-Key = tuple[str, Instance, int, int]  # patch, instance, and what else the code depends on
+Key = tuple[str, Instance]  # the patch's name
 
 
 def patches_of(arguments: argparse.Namespace) -> dict[str, Patch]:
@@ -75,29 +76,22 @@ class Codes:
     """Machine code by patch and instance, compiled side by side before anything runs."""
 
     def __init__(self, sm: int, patches: dict[str, Patch]) -> None:
-        self.sm, self._patches, self._made = sm, patches, {}
-
-    def _key(self, name: str, point: Point) -> Key:
-        patch, (world_size, shape) = self._patches[name], point
-        launch = launch_shape(patch, shape, world_size, self.sm)
-        exact = (vectors_per_row(shape), launch.threads) if patch.exact else (0, 0)
-        return name, launch.instance, *exact
+        self.sm, self._patches = sm, patches
+        self._made: dict[Key, bytes] = {}
 
     def compile(self, points: list[Point]) -> int:
         """Everything that the points need; says what cannot be compiled."""
         import cuda.core  # noqa: F401  once, before threads do
 
-        keys = {
-            self._key(name, point)
-            for point in points
+        shapes = {
+            (name, launch_shape(patch, shape, world_size, self.sm))
+            for world_size, shape in points
             for name, patch in self._patches.items()
-            if patch.kernel == "one_shot" or point[0] > 2
+            if patch.kernel == "one_shot" or world_size > 2
         }
+        keys = {(n, one.instance) for n, launch in shapes for one in (launch, launch.looped())}
         with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
-            codes = {
-                k: pool.submit(self._patches[k[0]].machine_code, k[1], self.sm, *k[2:])
-                for k in keys
-            }
+            codes = {k: pool.submit(self._patches[k[0]].machine_code, k[1], self.sm) for k in keys}
         for key, code in codes.items():
             if error := code.exception():
                 print(f"# {key[0]}: {str(error)[:600]}", flush=True)
@@ -105,8 +99,8 @@ class Codes:
                 self._made[key] = code.result()
         return len(keys)
 
-    def of(self, name: str, point: Point) -> bytes:
-        return self._made[self._key(name, point)]
+    def of(self, name: str, instance: Instance) -> bytes:
+        return self._made[name, instance]
 
 
 def arms_of(
@@ -118,7 +112,7 @@ def arms_of(
         if patch.kernel == "two_shot" and node.world_size == 2:
             continue
         make = functools.partial(native, node, name, patch)
-        makers.append((name, lambda n=name, f=make: f(codes.of(n, (node.world_size, node.shape)))))
+        makers.append((name, functools.partial(make, functools.partial(codes.of, name))))
     if arguments.flashinfer:
         for name in (REFERENCE, f"{REFERENCE}:early", "flashinfer.two_shot"):
             if "two_shot" not in name or (
@@ -264,6 +258,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--no-flashinfer", dest="flashinfer", action="store_false")
     parser.add_argument("--two-shot", action="store_true", help="FlashInfer's two-shot too")
+    parser.add_argument(
+        "--shared-sms", dest="partition", action="store_false",
+        help="let all ranks run on all multiprocessors, not each on its own share",
+    )  # fmt: skip
     parser.add_argument("--out", type=Path)
     return parser.parse_args()
 
@@ -274,11 +272,11 @@ def main() -> None:
     patches, points = patches_of(arguments), list(points_of(arguments))
     codes = Codes(10 * facts.major + facts.minor, patches)
     print(f"# compiled {codes.compile(points)} in {time.time() - begin:.0f} s", flush=True)
-    streams = [torch.cuda.Stream() for _ in range(max(arguments.world_sizes))]
+    streams = {w: streams_of(w, arguments.partition) for w in arguments.world_sizes}
     node = {"gpu": facts.name, "torch": torch.__version__, "cuda": torch.version.cuda}
     record: dict[str, Any] = {"command": " ".join(["python", *sys.argv]), "node": node, "rows": []}
     for point in points:
-        record["rows"] += measure(point, patches, codes, streams, arguments)
+        record["rows"] += measure(point, patches, codes, streams[point[0]], arguments)
         record["took_s"] = round(time.time() - begin, 1)
         if arguments.out:
             arguments.out.write_text(json.dumps(record, indent=1) + "\n")

@@ -64,7 +64,7 @@ def assert_group_is_idle(group: VirtualGroup) -> None:
     for rank in range(group.world_size):
         assert torch.all(group.slots[rank] == -1), f"rank {rank} left a slot full"
         _same(group.epochs[rank], group.epochs[0], f"epochs of rank {rank}")
-        assert group.dead[rank].item() == 0 == group.status[rank][0].item()
+        assert group.dead[rank][0].item() == 0 == group.status[rank][0].item()
 
 
 def _inside(tensor: Tensor, shape: torch.Size) -> Tensor:

@@ -7,6 +7,7 @@
 #define FUSEWISE_PRIMITIVES_CUH
 #define FW_DEVICE inline
 #define FW_UNROLL
+#define FW_KEEP_LOOP
 #define __global__
 #define __launch_bounds__(...)
 #define __grid_constant__
@@ -35,6 +36,9 @@ inline int thread_count() { return engine->current->block->launch->threads; }
 inline int block_index() { return engine->current->block->index; }
 inline int block_count() { return engine->current->block->launch->blocks; }
 inline int cluster_rank() { return block_index() % engine->current->block->launch->cluster; }
+
+template <class T>
+void compute_now(T*&) {}
 
 // --- this rank's memory
 
@@ -120,6 +124,9 @@ inline void cluster_barrier() {
   engine->meet(*engine->current->block->cluster_barrier, kClusterBarrier, blocks.data(),
                static_cast<int>(blocks.size()), 0, thread_count());
 }
+
+inline void cluster_arrive() {}  // whoever waits meets the others there
+inline void cluster_wait() { cluster_barrier(); }
 
 inline void store_in_cluster(float* at, int block, float value) {
   engine->store_in_cluster(at, block, value);

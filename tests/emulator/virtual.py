@@ -6,6 +6,9 @@ The kernels are ``*_virtual.cu`` beside this file, which wrap the shipped device
 from __future__ import annotations
 
 import ctypes
+import os
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +29,20 @@ class VirtualKernels(Kernels):
     """The instances of the virtual kernels; blockIdx.y is the rank."""
 
     def machine_code(self, instance: Instance) -> bytes:
-        return virtual_code(instance, self.sm)
+        return _code_once(instance, self.sm)
+
+
+def compile_all(instances: set[Instance], sm: int) -> None:
+    """Side by side, so that a test over many shapes does not wait for one after the other."""
+    import cuda.core  # noqa: F401  once, before threads do
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(partial(_code_once, sm=sm), instances))
+
+
+@cache
+def _code_once(instance: Instance, sm: int) -> bytes:
+    return virtual_code(instance, sm)
 
 
 def virtual_code(instance: Instance, sm: int, log: list[str] | None = None) -> bytes:

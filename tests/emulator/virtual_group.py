@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 
 from fusewise.backends.native.cuda.params import (
+    DEAD_WORDS,
     GroupParams,
     OneShotParams,
     OutputParams,
     TwoShotParams,
 )
+from fusewise.backends.native.cuda.prepare import group_params
 from fusewise.backends.native.variants import (
     UNIT_BYTES,
     VECTOR_BYTES,
@@ -104,7 +106,7 @@ class VirtualGroup:
         ranks = range(world_size)
         self.slots = [torch.full((words,), -1, dtype=torch.int32) for _ in ranks]
         self.epochs = [torch.zeros(unit_capacity, dtype=torch.int32) for _ in ranks]
-        self.dead = [torch.zeros(1, dtype=torch.int32) for _ in ranks]
+        self.dead = [torch.zeros(DEAD_WORDS, dtype=torch.int32) for _ in ranks]
         self.status = [torch.zeros(5, dtype=torch.int32) for _ in ranks]
         self._alive: list[Tensor] = []
         library.emulator_open(world_size, resident_blocks)
@@ -190,14 +192,14 @@ class VirtualGroup:
         )  # fmt: skip
 
     def _group_params(self, rank: int) -> GroupParams:
-        return GroupParams(
-            slots=(ctypes.c_uint64 * 8)(*(s.data_ptr() for s in self.slots)),
+        return group_params(
+            [slots.data_ptr() for slots in self.slots],
+            rank,
             epochs=self.epochs[rank].data_ptr(),
             dead=self.dead[rank].data_ptr(),
             status=self.status[rank].data_ptr(),
-            timeout_ns=self.timeout,
-            unit_capacity=self.unit_capacity,
-            rank=rank,
+            units=self.unit_capacity,
+            timeout_s=self.timeout / 1e9,
         )
 
     def _copy(

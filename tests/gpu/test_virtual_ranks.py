@@ -15,15 +15,15 @@ import torch
 
 from fusewise.backends.native.cuda.build import missing_compiler
 from fusewise.backends.native.cuda.launch import PreparedLaunch
-from fusewise.backends.native.cuda.params import Status
+from fusewise.backends.native.cuda.params import DEAD_WORDS, Status
 from fusewise.backends.native.cuda.prepare import group_params, one_shot, two_shot
 from fusewise.backends.native.fp8 import Fp8, quantise
-from fusewise.backends.native.variants import Output
+from fusewise.backends.native.variants import LaunchShape, Output
 from fusewise.backends.native.workspace import SlotLayout
 from fusewise.backends.norm import residual_rms_norm
 from fusewise.errors import InputError
 from fusewise.shape import Shape
-from tests.emulator.virtual import VirtualKernels, VirtualParams
+from tests.emulator.virtual import VirtualKernels, VirtualParams, compile_all
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
@@ -56,7 +56,7 @@ class Ranks:
         self.slots = [torch.full((size,), 255, dtype=torch.uint8, device="cuda")
                       for _ in range(world_size)]  # fmt: skip
         self.epochs = torch.zeros(world_size, layout.units, dtype=torch.int32, device="cuda")
-        self.dead = torch.zeros(world_size, dtype=torch.int32, device="cuda")
+        self.dead = torch.zeros(world_size, DEAD_WORDS, dtype=torch.int32, device="cuda")
         self.status = torch.zeros(world_size, 8, dtype=torch.int32, pin_memory=True)
         self.units = layout.units
         torch.cuda.synchronize()
@@ -103,7 +103,7 @@ class Call:
             [buffer.data_ptr() for buffer in ranks.slots],
             rank,
             epochs=ranks.epochs[rank].data_ptr(),
-            dead=ranks.dead[rank:].data_ptr(),
+            dead=ranks.dead[rank].data_ptr(),
             status=ranks.status[rank].data_ptr(),
             units=ranks.units,
             timeout_s=ranks.timeout_s,
@@ -152,13 +152,17 @@ def test_every_width_and_number_of_tokens(
     strategy: str, world_size: int, dtype: Any, output: Output
 ) -> None:
     ranks = Ranks(strategy, world_size)
-    for hidden_size in (8, 264, 2048, 2880, 3584, 5120, 7168, 8192):
-        for num_tokens in (1, 2, 7, 17):
-            call = ranks.call(Shape(num_tokens, hidden_size, dtype), output)
-            for _ in range(3):
-                call.poison()
-                call.run()
-                call.check()
+    widths = (8, 264, 2048, 2880, 3584, 5120, 7168, 8192)
+    shapes = [Shape(tokens, width, dtype) for width in widths for tokens in (1, 2, 7, 17)]
+    launch_of = getattr(LaunchShape, strategy)
+    launches = [launch_of(shape, world_size, ranks.sm, output) for shape in shapes]
+    compile_all({launch.instance for launch in launches}, ranks.sm)
+    for shape in shapes:
+        call = ranks.call(shape, output)
+        for _ in range(3):
+            call.poison()
+            call.run()
+            call.check()
     assert ranks.is_idle()
 
 

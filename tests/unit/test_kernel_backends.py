@@ -115,7 +115,7 @@ def test_a_fused_call_hands_over_every_tensor(monkeypatch: pytest.MonkeyPatch) -
     assert sent.eps == pytest.approx(1e-5) and sent.weight_bias == 1.0
     assert (sent.num_tokens, sent.row_vectors, sent.row_units) == (3, 256, 8)
     assert sent.inverse_hidden_size == 1 / 2048
-    assert list(sent.group.slots)[:3] == [4096, 8192, 0]
+    assert (sent.group.slots, list(sent.group.peers)[:2]) == (4096, [8192, 0])
     assert sent.group.timeout_ns == 5_000_000_000
 
 

@@ -8,25 +8,33 @@ from collections.abc import Callable
 import pytest
 
 from fusewise.backends.native.cuda import build, params
-from fusewise.backends.native.variants import Instance, bound
+from fusewise.backends.native.variants import Instance, LaunchShape, bound
 from fusewise.errors import UnavailableError
+from fusewise.shape import Shape
 from tests.emulator.virtual import layout_checks, virtual_code
 
 pytest.importorskip("cuda.core", reason='needs pip install "fusewise[cuda]"')
 
 ARCHITECTURES = (80, 90, 100)
-# Every kernel file, element type, world size, vector count and kind of output once.
+# Every kernel file, element type, world size, vector count and kind of output once, for widths
+# that leave a tail and that do not.
 INSTANCES = [
-    bound(Instance("one_shot", "bfloat16", 2), 256),
-    bound(Instance("one_shot", "float16", 4, vectors=2, output="kTokenFp8"), 512),
-    bound(Instance("one_shot", "float32", 8, vectors=4, output="kGroupFp8"), 384),
-    bound(Instance("one_shot", "float16", 4, vectors=4), 384),
-    bound(Instance("one_shot", "bfloat16", 8, output="kSum"), 512),
-    Instance("two_shot", "bfloat16", 8, max_threads=512),
+    bound(Instance("one_shot", "bfloat16", 2, row_vectors=256), 256),
+    bound(Instance("one_shot", "float16", 4, 2, output="kTokenFp8", row_vectors=1000), 512),
+    bound(Instance("one_shot", "float32", 8, 4, output="kGroupFp8", row_vectors=1000), 256),
+    bound(Instance("one_shot", "float16", 4, 4, row_vectors=1536), 384),
+    bound(Instance("one_shot", "bfloat16", 8, output="kSum", row_vectors=512), 512),
+    Instance("two_shot", "bfloat16", 8, 2, max_threads=512, row_vectors=896, threads=512),
     Instance("two_shot", "float32", 4, output="kStaticFp8", max_threads=512),
 ]
 TWO_SHOT = INSTANCES[5]
 CLUSTER = bound(Instance("one_shot", "bfloat16", 2, vectors=2, blocks=2), 512)
+# As they are launched: for one width, with and without a loop over rows.
+SHIPPED = [
+    LaunchShape.one_shot(Shape(tokens, hidden), world_size, 90, "kNorm")
+    for tokens, hidden in ((16, 2048), (1, 7168), (128, 7168), (64, 2880))
+    for world_size in (2, 8)
+]
 VIRTUAL = [
     Instance("one_shot", "bfloat16", 8, max_threads=512),
     Instance("two_shot", "bfloat16", 4, max_threads=512),
@@ -45,6 +53,12 @@ def test_it_compiles_without_spilling_registers(instance: Instance, sm: int) -> 
 
 def test_clusters_compile() -> None:
     assert_clean(CLUSTER, 90)
+
+
+@pytest.mark.parametrize("launch", SHIPPED, ids=lambda launch: short(launch.instance))
+def test_what_is_launched_compiles_without_spilling_registers(launch: LaunchShape) -> None:
+    assert_clean(launch.instance, 90)
+    assert_clean(launch.looped().instance, 90)
 
 
 @pytest.mark.parametrize("instance", VIRTUAL, ids=short)

@@ -33,9 +33,9 @@ def one_shot(num_tokens: int, hidden_size: int, world_size: int = 2, sm: int = 9
         (1, 4088, 1, 512),  # 511 vectors
         (1, 4096, 2, 256),  # 512 vectors
         (1, 2880, 1, 384),  # 360 vectors: the last warp is partly idle
-        (1, 7168, 2, 448),
+        (33, 7168, 2, 448),
         (1, 8, 1, 32),
-        (1, 8192, 2, 512),
+        (33, 8192, 2, 512),
     ],
 )
 def test_vectors_and_threads_of_one_shot(
@@ -44,7 +44,29 @@ def test_vectors_and_threads_of_one_shot(
     launch = one_shot(num_tokens, hidden_size)
     assert (launch.instance.vectors, launch.threads) == (vectors, threads)
     assert launch.instance.blocks == 1
-    assert launch.instance.max_threads >= launch.threads
+    assert launch.instance.max_threads == launch.instance.threads == launch.threads
+    assert launch.instance.one_row and not launch.looped().instance.one_row
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "hidden_size", "world_size", "sm", "blocks"),
+    [
+        (32, 7168, 2, 90, 4),  # 896 vectors
+        (33, 7168, 2, 90, 1),  # too many rows for four blocks each
+        (1, 7160, 2, 90, 1),
+        (16, 7168, 4, 90, 4),
+        (17, 7168, 4, 90, 1),
+        (8, 4096, 8, 90, 4),  # 512 vectors
+        (9, 4096, 8, 90, 1),
+        (1, 4088, 8, 90, 1),
+        (1, 4096, 4, 90, 1),
+        (1, 7168, 2, 80, 1),  # no clusters
+    ],
+)
+def test_few_wide_rows_are_spread_over_four_blocks(
+    num_tokens: int, hidden_size: int, world_size: int, sm: int, blocks: int
+) -> None:
+    assert one_shot(num_tokens, hidden_size, world_size, sm).instance.blocks == blocks
 
 
 @pytest.mark.parametrize(
@@ -64,7 +86,7 @@ def test_vectors_and_threads_of_one_shot(
 def test_wide_rows_take_a_cluster_where_there_are_any(
     hidden_size: int, sm: int, vectors: int, blocks: int, threads: int
 ) -> None:
-    launch = one_shot(1, hidden_size, sm=sm)
+    launch = one_shot(33, hidden_size, sm=sm)
     assert (launch.instance.vectors, launch.instance.blocks) == (vectors, blocks)
     assert launch.threads == threads
 
@@ -156,9 +178,9 @@ def test_no_number_and_no_usual_nan_is_the_sentinel(dtype: torch.dtype) -> None:
 def test_defines_are_what_the_sources_ask_for() -> None:
     names = {name for name, _ in bound(one_shot(1, 2048).instance, 256).defines()}
     asked = set()
-    for path in KERNELS.glob("*.cu"):
+    for path in [*KERNELS.glob("*.cu"), KERNELS / "primitives.cuh"]:
         asked |= set(re.findall(r"\bFW_[A-Z_]+\b", path.read_text()))
-    assert asked == names
+    assert asked - {"FW_DEVICE", "FW_UNROLL", "FW_KEEP_LOOP"} == names
 
 
 def constant(file: str, name: str) -> int:
@@ -171,9 +193,9 @@ def constant(file: str, name: str) -> int:
 @pytest.mark.parametrize(
     ("kernel", "shape", "world_size", "sm", "names"),
     [
-        ("one_shot", Shape(16, 2048), 2, 90, {"v2", "v1b2", "v2b2"}),
+        ("one_shot", Shape(16, 2048), 2, 90, {"v2", "v1b4"}),
         ("one_shot", Shape(16, 2048), 2, 80, {"v2"}),  # no clusters
-        ("one_shot", Shape(16, 8200), 2, 90, {"v1b2"}),  # 1025 vectors: too many threads for v1
+        ("one_shot", Shape(40, 8200), 2, 90, {"v1b4"}),  # 1025 vectors: too many threads for v1
         ("two_shot", Shape(16, 2048), 8, 90, {"r2"}),
         ("two_shot", Shape(600, 2048), 8, 90, {"r1"}),
         ("two_shot", Shape(16, 65536), 4, 90, set()),  # a row fills a tile
@@ -206,7 +228,7 @@ def test_a_variant_that_does_not_take_the_row_is_refused() -> None:
     with pytest.raises(InputError, match="1 vectors per thread and 1 blocks per row"):
         LaunchShape.one_shot(Shape(1, 16384), 2, 90, "kNorm", variants.variant("one_shot", "v1"))
     with pytest.raises(InputError, match="one block below sm_90"):
-        LaunchShape.one_shot(Shape(1, 2048), 2, 80, "kNorm", variants.variant("one_shot", "v1b2"))
+        LaunchShape.one_shot(Shape(1, 2048), 2, 80, "kNorm", variants.variant("one_shot", "v1b4"))
     with pytest.raises(InputError, match="no such variant"):
         variants.variant("two_shot", "v1")
 

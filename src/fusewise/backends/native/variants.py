@@ -29,20 +29,28 @@ _REGISTERS_PER_SM = 65536  # every architecture from sm_80 to sm_100
 # Registers a thread may use without spilling: (world_size, vectors) → count, as ptxas reports them
 # for sm_80, which needs most. A test compiles them and fails when one spills.
 _REGISTERS = {
-    (2, 1): 48, (2, 2): 80, (2, 4): 128,
-    (4, 1): 64, (4, 2): 128, (4, 4): 168,
-    (8, 1): 128, (8, 2): 168, (8, 4): 168,
+    (2, 1): 48, (2, 2): 72, (2, 4): 128,
+    (4, 1): 64, (4, 2): 104, (4, 4): 168,
+    (8, 1): 80, (8, 2): 128, (8, 4): 256,
 }  # fmt: skip
-_BLOCK_SIZES = (256, 384, 512, 1024)  # launch bounds that are compiled
+_CLUSTER_REGISTERS = 16  # more, where blocks of a cluster share a row
+_BLOCK_SIZES = (256, 384, 512, 1024)  # how large a block may be
+_MOST_AHEAD = 2  # vectors of 16 bytes that a two-shot thread asks for before it uses the first
 _TWO_SHOT_THREADS = 512  # 128 registers each: eight ranks' vectors fit without spilling
 # Rows are bundled into tiles only where one per block already fills the device: two blocks on each
 # of the 132 SMs of H100 and H200. A constant, because tiles must be equal on all ranks.
 _BUSY_BLOCKS = 264
 MAX_TILE_ROWS = 16  # kMaxTileRows in two_shot_tile.cuh
-# A prototype on two H200s: one vector per thread won up to 8 MiB at 256 vectors per row (hidden
-# 2048, bf16), two at 512 vectors per row and above 8 MiB.
+# One vector per thread is faster for narrow rows (256 vectors: hidden 2048 in bf16), two from 512
+# on and, on two H200s, above 8 MiB.
 _TWO_VECTORS_FROM = 512
 _TWO_VECTORS_ABOVE_BYTES = 8 * 2**20
+# A wide row keeps one multiprocessor busy with (world_size - 1) copies of it. While rows are few,
+# four blocks share one, from this many vectors per row on: benchmarks/results/one_gpu has the data.
+_SPREAD_FROM = {2: 896, 4: 896, 8: 512}
+_SPREAD_RANK_ROWS = (
+    64  # num_tokens * world_size up to which there is room for four times the blocks
+)
 
 
 @dataclass(frozen=True)
@@ -58,6 +66,9 @@ class Instance:
     early_trigger: bool = False
     max_threads: int = 256
     min_blocks: int = 1
+    one_row: bool = False  # every worker has one row: no loop over rows, a sixth fewer registers
+    row_vectors: int = 0  # of the message; 0: known at run time only
+    threads: int = 0  # of a block; 0: likewise
 
     @property
     def function(self) -> str:
@@ -75,6 +86,9 @@ class Instance:
             ("FW_EARLY_TRIGGER", str(self.early_trigger).lower()),
             ("FW_MAX_THREADS", str(self.max_threads)),
             ("FW_MIN_BLOCKS", str(self.min_blocks)),
+            ("FW_ONE_ROW", str(self.one_row).lower()),
+            ("FW_ROW_VECTORS", str(self.row_vectors)),
+            ("FW_THREADS", str(self.threads)),
         ]
 
 
@@ -103,8 +117,7 @@ VARIANTS: dict[Kernel, dict[str, Variant]] = {
         "early": EARLY,
         "v1": Variant(vectors=1, blocks=1),
         "v2": Variant(vectors=2, blocks=1),
-        "v1b2": Variant(vectors=1, blocks=2),
-        "v2b2": Variant(vectors=2, blocks=2),
+        "v1b4": Variant(vectors=1, blocks=4),
     },
     "two_shot": {"early": EARLY, "r1": Variant(rows_per_tile=1), "r2": Variant(rows_per_tile=2)},
 }
@@ -171,7 +184,7 @@ class LaunchShape:
             InputError: the row is wider than any instance, or this variant, takes.
         """
         row_vectors = vectors_per_row(shape)
-        vectors, blocks = _split_row(row_vectors, shape.message_bytes, world_size, sm)
+        vectors, blocks = _split_row(row_vectors, shape, world_size, sm)
         vectors, blocks = variant.vectors or vectors, variant.blocks or blocks
         threads = round_up(math.ceil(row_vectors / (vectors * blocks)), WARP)
         if threads > block_limit(world_size, vectors) or (blocks > 1 and sm < 90):
@@ -183,8 +196,8 @@ class LaunchShape:
         instance = Instance(
             "one_shot", shape.dtype, world_size, vectors, blocks, output, variant.early_trigger
         )
-        bounded = bound(instance, threads)
-        return cls(bounded, threads, shape.num_tokens, dependent_launch=sm >= 90)
+        exact = replace(bound(instance, threads), row_vectors=row_vectors, one_row=True)
+        return cls(exact, threads, shape.num_tokens, dependent_launch=sm >= 90)
 
     @classmethod
     def two_shot(
@@ -196,16 +209,24 @@ class LaunchShape:
         most = max(1, min(_TWO_SHOT_THREADS // WARP // shard_units, MAX_TILE_ROWS))
         rows = min(max(1, variant.rows_per_tile or shape.num_tokens // _BUSY_BLOCKS), most)
         threads = min(_TWO_SHOT_THREADS, round_up(rows * row_vectors, 2 * WARP))
+        pieces = rows * shard_units * (world_size - 1)
         instance = Instance(
             "two_shot",
             shape.dtype,
             world_size,
+            vectors=min(_MOST_AHEAD, -(-pieces * WARP // threads)),
             output=output,
             early_trigger=variant.early_trigger,
             max_threads=_TWO_SHOT_THREADS,
+            row_vectors=row_vectors,
+            threads=threads,
         )
         tiles = -(-shape.num_tokens // rows)
         return cls(instance, threads, tiles, rows, dependent_launch=sm >= 90)
+
+    def looped(self) -> LaunchShape:
+        """The same with workers that take one row after the other, as fewer fit than rows are."""
+        return replace(self, instance=replace(self.instance, one_row=False))
 
     def grid(self, resident_workers: int) -> int:
         """Blocks to launch, given how many workers fit on the device at once.
@@ -216,11 +237,11 @@ class LaunchShape:
 
 
 def bound(instance: Instance, threads: int) -> Instance:
-    """The instance with launch bounds that keep it out of local memory."""
-    max_threads = next(size for size in _BLOCK_SIZES if size >= threads)
+    """The instance for blocks of that size, with launch bounds that keep it out of local memory."""
     registers = _REGISTERS[instance.world_size, instance.vectors]
-    min_blocks = max(1, _REGISTERS_PER_SM // (registers * max_threads))
-    return replace(instance, max_threads=max_threads, min_blocks=min_blocks)
+    registers += _CLUSTER_REGISTERS if instance.blocks > 1 else 0
+    min_blocks = max(1, _REGISTERS_PER_SM // (registers * threads))
+    return replace(instance, threads=threads, max_threads=threads, min_blocks=min_blocks)
 
 
 def block_limit(world_size: int, vectors: int) -> int:
@@ -235,10 +256,15 @@ def widest_row(world_size: int, sm: int) -> int:
     return blocks * max(v * block_limit(world_size, v) for v in (1, 2, 4))
 
 
-def _split_row(row_vectors: int, message_bytes: int, world_size: int, sm: int) -> tuple[int, int]:
+def _split_row(row_vectors: int, shape: Shape, world_size: int, sm: int) -> tuple[int, int]:
     """Vectors per thread and blocks per row. A cluster is preferred to four vectors per thread,
     which wait for the peers one after the other."""
-    two = row_vectors >= _TWO_VECTORS_FROM or message_bytes > _TWO_VECTORS_ABOVE_BYTES
+    few = shape.num_tokens * world_size <= _SPREAD_RANK_ROWS
+    spread = MAX_BLOCKS_PER_ROW * block_limit(world_size, 1)
+    if sm >= 90 and few and _SPREAD_FROM[world_size] <= row_vectors <= spread:
+        return 1, MAX_BLOCKS_PER_ROW
+    above = shape.message_bytes > _TWO_VECTORS_ABOVE_BYTES
+    two = row_vectors >= _TWO_VECTORS_FROM or above
     blocks_allowed = (1, 2, MAX_BLOCKS_PER_ROW) if sm >= 90 else (1,)
     for vectors in (2, 4) if two else (1, 2, 4):
         for blocks in blocks_allowed:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from fusewise.backends.native.cuda.params import DEAD_WORDS
 from fusewise.backends.native.variants import UNIT_BYTES, VECTOR_BYTES
 from fusewise.backends.steps import together
 from fusewise.errors import UnavailableError, WorkspaceError
@@ -157,7 +158,7 @@ class Workspace:
         self.closed = False
 
     def _words(self) -> tuple[Tensor, Tensor]:
-        dead = torch.zeros(1, dtype=torch.int32, device=self.group.device)
+        dead = torch.zeros(DEAD_WORDS, dtype=torch.int32, device=self.group.device)
         return dead, _mapped_words(STATUS_WORDS)
 
     def reserve(self, layout: SlotLayout) -> bool:

@@ -65,6 +65,15 @@ class Kernels:
             parameters: the kernel's only argument; read anew at every call.
             ranks_here: blockIdx.y: virtual ranks that share this device, in a cooperative launch.
         """
+        prepared, resident = self._prepared(shape, parameters, ranks_here)
+        if shape.instance.one_row and shape.workers > resident:
+            prepared, _ = self._prepared(shape.looped(), parameters, ranks_here)
+        return prepared
+
+    def _prepared(
+        self, shape: LaunchShape, parameters: ctypes.Structure, ranks_here: int
+    ) -> tuple[PreparedLaunch, int]:
+        """The launch, and how many row workers fit on the device at once."""
         from cuda.bindings import driver
 
         kernel = self.load(shape.instance)
@@ -76,7 +85,7 @@ class Kernels:
         config.attrs, config.numAttrs = attributes, len(attributes)
         resident = self._resident_workers(function, config, shape) // ranks_here
         config.gridDimX = shape.grid(resident)
-        return PreparedLaunch(function, config, parameters, kernel)
+        return PreparedLaunch(function, config, parameters, kernel), resident
 
     def _resident_workers(self, function: Any, config: Any, shape: LaunchShape) -> int:
         """Row workers (blocks, or clusters of them) that fit on the device at once."""

@@ -9,6 +9,7 @@ import ctypes
 
 _POINTER = ctypes.c_uint64
 MAX_RANKS = 8  # kMaxRanks in slots.cuh
+DEAD_WORDS = 128  # kDeadCopies * kSectorWords there
 
 
 class Status(ctypes.Structure):
@@ -27,7 +28,8 @@ class GroupParams(ctypes.Structure):
     """The group's part; slots.cuh."""
 
     _fields_ = [
-        ("slots", _POINTER * MAX_RANKS),
+        ("slots", _POINTER),
+        ("peers", _POINTER * (MAX_RANKS - 1)),
         ("epochs", _POINTER),
         ("dead", _POINTER),
         ("status", _POINTER),

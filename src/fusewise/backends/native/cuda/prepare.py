@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from fusewise.backends.native.cuda.params import GroupParams, OneShotParams, TwoShotParams
 from fusewise.backends.native.variants import (
+    UNIT_BYTES,
     LaunchShape,
     Output,
     units_per_row,
@@ -39,12 +40,13 @@ def group_params(
         slots: per rank, the address at which this rank reaches that rank's slots.
         rank: this rank.
         epochs: address of ``units`` counters in this rank's memory.
-        dead: address of one word in this rank's memory.
+        dead: address of ``DEAD_WORDS`` words in this rank's memory.
         status: address of a ``Status``, in host memory that the device can write.
         units: of the slots' layout.
         timeout_s: bound of a wait on the device.
     """
     params = GroupParams(
+        slots=slots[rank],
         epochs=epochs,
         dead=dead,
         status=status,
@@ -52,8 +54,9 @@ def group_params(
         unit_capacity=units,
         rank=rank,
     )
-    for peer, address in enumerate(slots):
-        params.slots[peer] = address
+    for i in range(len(slots) - 1):
+        peer = (rank + 1 + i) % len(slots)
+        params.peers[i] = slots[peer] + (rank - (rank > peer)) * UNIT_BYTES
     return params
 
 

@@ -14,6 +14,7 @@
 
 #define FW_DEVICE __device__ __forceinline__
 #define FW_UNROLL _Pragma("unroll")
+#define FW_KEEP_LOOP _Pragma("unroll 1")
 
 namespace fusewise {
 
@@ -24,9 +25,17 @@ struct alignas(16) Words {
 // --- where this thread is
 
 FW_DEVICE int thread_index() { return static_cast<int>(threadIdx.x); }
-FW_DEVICE int thread_count() { return static_cast<int>(blockDim.x); }
+// FW_THREADS: the block's size where it is fixed at compile time, else 0.
+FW_DEVICE int thread_count() { return FW_THREADS > 0 ? FW_THREADS : static_cast<int>(blockDim.x); }
 FW_DEVICE int block_index() { return static_cast<int>(blockIdx.x); }
 FW_DEVICE int block_count() { return static_cast<int>(gridDim.x); }
+
+// Has the address computed here, not where it is first used: what stands before dependency_wait()
+// runs while the kernel before ends.
+template <class T>
+FW_DEVICE void compute_now(T*& address) {
+  asm volatile("" : "+l"(address));
+}
 
 // --- this rank's memory
 
@@ -111,10 +120,15 @@ FW_DEVICE int cluster_rank() {
   return static_cast<int>(rank);
 }
 
-// Shared-memory stores of all threads of the cluster before it are visible to all after it.
+// Shared-memory stores of all threads of the cluster before it are visible to all after it. It waits
+// for every store of this thread, to global memory too.
 FW_DEVICE void cluster_barrier() {
   asm volatile("barrier.cluster.arrive.release;\n\tbarrier.cluster.wait.acquire;" ::: "memory");
 }
+
+// A barrier in two halves that orders no memory: all blocks of the cluster have started.
+FW_DEVICE void cluster_arrive() { asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory"); }
+FW_DEVICE void cluster_wait() { asm volatile("barrier.cluster.wait;" ::: "memory"); }
 
 // Writes this block's shared variable `at` in the cluster's block number `block`.
 FW_DEVICE void store_in_cluster(float* at, int block, float value) {
@@ -126,6 +140,8 @@ FW_DEVICE void store_in_cluster(float* at, int block, float value) {
 #else  // blocks of one row never form a cluster below sm_90
 FW_DEVICE int cluster_rank() { return 0; }
 FW_DEVICE void cluster_barrier() { __syncthreads(); }
+FW_DEVICE void cluster_arrive() {}
+FW_DEVICE void cluster_wait() {}
 FW_DEVICE void store_in_cluster(float* at, int, float value) { *at = value; }
 #endif
 

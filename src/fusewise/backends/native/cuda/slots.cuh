@@ -23,7 +23,7 @@
 #ifndef FUSEWISE_SLOTS_CUH
 #define FUSEWISE_SLOTS_CUH
 
-#include "primitives.cuh"
+#include "vectors.cuh"
 
 namespace fusewise {
 
@@ -33,7 +33,7 @@ constexpr int kVectorBytes = 16;
 constexpr int kUnitBytes = kWarp * kVectorBytes;
 constexpr unsigned kSentinel = 0xffffffffu;
 constexpr unsigned kCanonicalNan = 0xfffffffeu;
-constexpr unsigned kPollsPerCheck = 1024;  // near half a millisecond: one poll is an L2 round trip
+constexpr int kPollsPerCheck = 1024;  // near half a millisecond: one poll is an L2 round trip
 
 // What a rank that waited too long leaves behind, in host memory mapped into the device.
 struct Status {
@@ -44,11 +44,16 @@ struct Status {
   unsigned peer;   // for whom
 };
 
+// The word that says "dead", in as many places as blocks would otherwise wait for one line of L2.
+constexpr int kDeadCopies = 16;
+constexpr int kSectorWords = 8;  // 32 bytes, the unit of an L2 access
+
 // The part of a kernel's parameters that speaks of the group.
 struct GroupParams {
-  char* slots[kMaxRanks];  // slots[r]: rank r's slots, as this rank maps them
-  unsigned* epochs;        // [unit_capacity], this rank's own memory
-  unsigned* dead;          // one word of this rank's own memory: 1 after a time-out
+  char* slots;                 // this rank's own
+  char* peers[kMaxRanks - 1];  // peers[i]: where rank (rank + 1 + i) % world takes from this rank
+  unsigned* epochs;            // [unit_capacity], this rank's own memory
+  unsigned* dead;  // [kDeadCopies * kSectorWords], this rank's own memory: 1 after a time-out
   Status* status;
   unsigned long long timeout_ns;
   long long unit_capacity;  // units per phase and source; equal on all ranks
@@ -62,6 +67,13 @@ FW_DEVICE unsigned canonical_word(unsigned word) {
 FW_DEVICE Words canonical(Words v) {
   FW_UNROLL
   for (int i = 0; i < 4; ++i) v.word[i] = canonical_word(v.word[i]);
+  return v;
+}
+
+// The vector, or NaN in every word of it.
+FW_DEVICE Words or_nan(Words v, bool nan) {
+  FW_UNROLL
+  for (int i = 0; i < 4; ++i) v.word[i] |= nan ? kSentinel : 0;
   return v;
 }
 
@@ -86,80 +98,87 @@ FW_DEVICE long long slot_offset(const GroupParams& group, unsigned phase, long l
 template <int kWorld>
 FW_DEVICE void push_to_peers(const GroupParams& group, long long offset, Words v) {
   FW_UNROLL
-  for (int i = 1; i < kWorld; ++i) {
-    const int peer = (group.rank + i) % kWorld;
-    const int source = group.rank - (group.rank > peer ? 1 : 0);
-    push_words(group.slots[peer] + offset + source * kUnitBytes, v);
-  }
+  for (int i = 0; i < kWorld - 1; ++i) push_words(group.peers[i] + offset, v);
 }
 
 // Whether a call before this one timed out. Its rank must then neither send nor take any more: what
 // it did not wait for may still be unread at a peer, and what comes late would pass for new. Called
 // after dependency_wait(); threads of one call may differ, so nobody skips a barrier because of it.
-FW_DEVICE bool is_dead(const GroupParams& group) { return load_word(group.dead) != 0; }
+FW_DEVICE bool is_dead(const GroupParams& group) {
+  // Differs from lane to lane: what is the same for all goes to a uniform register, and then everything
+  // behind it waits for this load.
+  const int copy = block_index() % kDeadCopies * kSectorWords;
+  return load_word(group.dead + copy + thread_index() % kSectorWords) != 0;
+}
 
-// A bounded wait. Costs one counter until it has polled kPollsPerCheck times in vain.
+// A bounded wait: asked once in kPollsPerCheck vain polls.
 struct Patience {
-  unsigned polls = 0;
   unsigned long long deadline = 0;
 
-  // False once the time is up here, or was up for any thread of this rank: the group is dead.
-  FW_DEVICE bool more(const GroupParams& group, int row, int phase, int peer) {
-    if (++polls % kPollsPerCheck != 0) return true;
-    if (peek_word(group.dead) != 0) return false;
+  // True once the time is up, here or for any thread of this rank: the group is dead.
+  FW_DEVICE bool is_over(const GroupParams& group) {
+    if (peek_word(group.dead) != 0) return true;
     const unsigned long long now = clock_ns();
     if (deadline == 0) deadline = now + group.timeout_ns;
-    if (now < deadline) return true;
-    if (claim(group.dead)) {
-      push_word(&group.status->rank, static_cast<unsigned>(group.rank));
-      push_word(&group.status->row, static_cast<unsigned>(row));
-      push_word(&group.status->phase, static_cast<unsigned>(phase));
-      push_word(&group.status->peer, static_cast<unsigned>(peer));
-      fence_system();  // the host that sees state 1 sees the four words above
-      push_word(&group.status->state, 1);
-    }
-    return false;
+    return now >= deadline;
   }
 };
 
-// Waits for one vector of each peer in each of kCount slots, takes them and empties the slots.
-// Slots that are null are left out. Every slot is asked before any is looked at, so that the wait
-// costs one round trip, not many. After a time-out the missing words are still the sentinel, a NaN:
-// a dead group yields no number.
-template <int kWorld, int kCount>
-FW_DEVICE void take_from_peers(const GroupParams& group, char* const* slot, int row, int phase,
-                               Words (*got)[kWorld - 1]) {
-  FW_UNROLL
-  for (int i = 0; i < kCount; ++i) {
+// Says who waited for whom, once per rank, and that the group is dead.
+FW_DEVICE void give_up(const GroupParams& group, int row, unsigned phase, int peer) {
+  if (!claim(group.dead)) return;
+  FW_KEEP_LOOP
+  for (int i = 1; i < kDeadCopies * kSectorWords; ++i) push_word(group.dead + i, 1);
+  push_word(&group.status->rank, static_cast<unsigned>(group.rank));
+  push_word(&group.status->row, static_cast<unsigned>(row));
+  push_word(&group.status->phase, phase);
+  push_word(&group.status->peer, static_cast<unsigned>(peer));
+  fence_system();  // the host that sees state 1 sees the four words above
+  push_word(&group.status->state, 1);
+}
+
+// One vector of each peer, where it arrives and what came. Ask for all that a thread needs before
+// awaiting any: the wait then costs one round trip, not many. After a time-out the missing words
+// are still the sentinel, a NaN: a dead group yields no number.
+template <int kWorld>
+struct Arrival {
+  char* slot;
+  Words got[kWorld - 1];
+
+  FW_DEVICE void ask() {
     FW_UNROLL
-    for (int j = 0; j < kWorld - 1; ++j) {
-      if (slot[i] != nullptr) got[i][j] = peek_words(slot[i] + j * kUnitBytes);
-    }
+    for (int j = 0; j < kWorld - 1; ++j) got[j] = peek_words(slot + j * kUnitBytes);
   }
-  Patience patience;
-  for (int missing = 0; missing >= 0;) {
-    missing = -1;
+
+  FW_DEVICE bool is_complete() const {
+    bool all = true;
     FW_UNROLL
-    for (int i = 0; i < kCount; ++i) {
-      FW_UNROLL
-      for (int j = 0; j < kWorld - 1; ++j) {
-        if (slot[i] != nullptr && !complete(got[i][j])) {
-          missing = j;
-          got[i][j] = peek_words(slot[i] + j * kUnitBytes);
+    for (int j = 0; j < kWorld - 1; ++j) all = all && complete(got[j]);
+    return all;
+  }
+
+  FW_DEVICE void await(const GroupParams& group, int row, unsigned phase) {
+    Patience patience;
+    do {
+      FW_KEEP_LOOP
+      for (int polls = 0; polls < kPollsPerCheck; ++polls) {
+        if (is_complete()) return;
+        FW_UNROLL
+        for (int j = 0; j < kWorld - 1; ++j) {
+          if (kWorld == 2 || !complete(got[j])) got[j] = peek_words(slot + j * kUnitBytes);
         }
       }
-    }
-    const int peer = missing + (missing >= group.rank ? 1 : 0);
-    if (missing >= 0 && !patience.more(group, row, phase, peer)) break;
+    } while (!patience.is_over(group));
+    int missing = 0;
+    while (missing < kWorld - 2 && complete(got[missing])) ++missing;
+    give_up(group, row, phase, missing + (missing >= group.rank ? 1 : 0));
   }
-  FW_UNROLL
-  for (int i = 0; i < kCount; ++i) {
+
+  FW_DEVICE void empty() const {
     FW_UNROLL
-    for (int j = 0; j < kWorld - 1; ++j) {
-      if (slot[i] != nullptr) push_words(slot[i] + j * kUnitBytes, empty_slot());
-    }
+    for (int j = 0; j < kWorld - 1; ++j) push_words(slot + j * kUnitBytes, empty_slot());
   }
-}
+};
 
 // The vector of rank `source` among what was taken and what is this rank's own.
 template <int kWorld>
@@ -168,6 +187,22 @@ FW_DEVICE Words of_rank(int source, int rank, const Words (&got)[kWorld - 1], Wo
   if (source == 0) return got[0];
   if (source == kWorld - 1) return got[kWorld - 2];
   return source < rank ? got[source] : got[source - 1];
+}
+
+// Adds all ranks' vectors in rank order; of two numbers the order makes no difference.
+template <class Type, int kWorld>
+FW_DEVICE Floats<Type> sum_over_ranks(int rank, const Words (&got)[kWorld - 1], Words own) {
+  if (kWorld == 2) {
+    Floats<Type> total = unpack<Type>(own);
+    add<Type>(total, got[0]);
+    return total;
+  }
+  Floats<Type> total = unpack<Type>(of_rank<kWorld>(0, rank, got, own));
+  FW_UNROLL
+  for (int source = 1; source < kWorld; ++source) {
+    add<Type>(total, of_rank<kWorld>(source, rank, got, own));
+  }
+  return total;
 }
 
 // The test kernels put delays here; the shipped ones nothing.

@@ -30,58 +30,58 @@ struct Kept {
   unsigned epoch;  // as read; raised at the end of the tile, when nobody reads it any more
 };
 
-template <int kWorld>
-FW_DEVICE void scatter(const Tile<kWorld>& tile) {
+template <class Config>
+FW_DEVICE void scatter(const Tile<Config>& tile) {
   const TwoShotParams& p = tile.p;
-  const int rank = p.group.rank;
   const int lane = thread_index() % kWarp;
   const int warps = thread_count() / kWarp;
-  const int count = tile.units() * (kWorld - 1);
-  for (int i = thread_index() / kWarp; i < count; i += warps * kAhead) {
-    Words v[kAhead];
-    unsigned epoch[kAhead];
-    Piece piece[kAhead];
+  for (int i = thread_index() / kWarp; i < tile.pieces(); i += warps * Config::kAhead) {
+    Words v[Config::kAhead];
+    unsigned epoch[Config::kAhead];
+    Piece piece[Config::kAhead];
     FW_UNROLL
-    for (int j = 0; j < kAhead; ++j) {
-      const int number = i + j * warps;
-      piece[j] = tile.piece(number, kWorld - 1, rank + 1);
-      if (number >= count) piece[j].column = -1;
+    for (int j = 0; j < Config::kAhead; ++j) {
+      piece[j] = tile.peers_piece(i + j * warps);
       if (piece[j].column < 0) continue;
       v[j] = load_words(static_cast<const char*>(p.x) + tile.place(piece[j]));
       epoch[j] = tile.epoch(piece[j].unit);
     }
     FW_UNROLL
-    for (int j = 0; j < kAhead; ++j) {
+    for (int j = 0; j < Config::kAhead; ++j) {
       if (piece[j].column < 0 || tile.dead) continue;
       const long long unit = tile.global_unit(piece[j].unit);
-      const long long offset = slot_offset<kWorld>(p.group, epoch[j] & 1u, unit, lane);
-      char* slot = p.group.slots[piece[j].owner] + offset;
-      push_words(slot + dense(rank, piece[j].owner) * kUnitBytes, canonical(v[j]));
+      const long long offset = slot_offset<Config::kWorld>(p.group, epoch[j] % 2, unit, lane);
+      push_words(p.group.peers[piece[j].peer] + offset, canonical(v[j]));
     }
   }
 }
 
 // Sends the sum of squares of this rank's columns in a unit to every peer: a lane each.
-template <int kWorld>
-FW_DEVICE void send_squares(const Tile<kWorld>& tile, TwoShotShared& shared, int unit, float sum) {
-  const int rank = tile.p.group.rank;
+template <class Config>
+FW_DEVICE void send_squares(const Tile<Config>& tile, TwoShotShared& shared, int unit, float sum) {
+  constexpr int kWorld = Config::kWorld;
+  const GroupParams& group = tile.p.group;
   const int lane = thread_index() % kWarp;
   const unsigned word = canonical_word(bits_of(sum));
-  if (lane == 0) shared.squares[unit * kWorld + rank] = float_of(word);
-  if (lane >= kWorld - 1 || tile.dead || !tile.has_columns(unit, rank)) return;
-  const int peer = (rank + 1 + lane) % kWorld;
-  push_word(partial_slot<kWorld>(tile.p.group, peer, rank, tile.global_unit(unit)), word);
+  if (lane == 0) shared.squares[unit * kWorld + group.rank] = float_of(word);
+  if (lane >= Config::kPeers || tile.dead || !tile.has_columns(unit, group.rank)) return;
+  // peers[] begins at this rank's vectors there; its words are as far apart as words are long.
+  const int source = dense(group.rank, (group.rank + 1 + lane) % kWorld);
+  const long long words = partial_offset<kWorld>(group, tile.global_unit(unit));
+  push_word(group.peers[lane] + words - source * (kUnitBytes - 4), word);
 }
 
-template <class Type, int kWorld, Output kOutput>
-FW_DEVICE Kept reduce(const Tile<kWorld>& tile, TwoShotShared& shared) {
+template <class Config>
+FW_DEVICE Kept reduce(const Tile<Config>& tile, TwoShotShared& shared) {
+  using Type = typename Config::Type;
+  constexpr int kWorld = Config::kWorld;
   const TwoShotParams& p = tile.p;
   const int lane = thread_index() % kWarp;
-  const bool has_residual = kOutput != Output::kSum && p.residual != nullptr;
-  void* sums = kOutput == Output::kSum ? p.output.out : p.residual_out;
+  const bool has_residual = Config::kHasNorm && p.residual != nullptr;
+  void* sums = Config::kHasNorm ? p.residual_out : p.output.out;
   Kept kept = {};
   for (int i = thread_index() / kWarp; i < tile.units(); i += thread_count() / kWarp) {
-    const Piece piece = tile.piece(i, 1, p.group.rank);
+    const Piece piece = tile.own_piece(i);
     const unsigned epoch = tile.epoch(i);
     const bool first = i < thread_count() / kWarp;
     if (first) kept.epoch = epoch;
@@ -92,39 +92,50 @@ FW_DEVICE Kept reduce(const Tile<kWorld>& tile, TwoShotShared& shared) {
       if (has_residual) {
         residual = load_words(static_cast<const char*>(p.residual) + tile.place(piece));
       }
-      const unsigned phase = epoch & 1u;
+      const unsigned phase = epoch % 2;
       const long long unit = tile.global_unit(i);
-      char* slot = tile.dead ? nullptr
-                             : p.group.slots[p.group.rank] +
-                                   slot_offset<kWorld>(p.group, phase, unit, lane);
-      Words got[1][kWorld - 1] = {};
-      take_from_peers<kWorld, 1>(p.group, &slot, piece.row, phase, got);
-      own = tile.dead ? empty_slot() : canonical(own);
-      Floats<Type> total = unpack<Type>(of_rank<kWorld>(0, p.group.rank, got[0], own));
-      FW_UNROLL
-      for (int source = 1; source < kWorld; ++source) {
-        add<Type>(total, of_rank<kWorld>(source, p.group.rank, got[0], own));
-      }
+      Arrival<kWorld> peers;
+      peers.slot = p.group.slots + slot_offset<kWorld>(p.group, phase, unit, lane);
+      peers.ask();
+      own = or_nan(canonical(own), tile.dead);
+      if (!tile.dead) peers.await(p.group, piece.row, phase);
+      Floats<Type> total = sum_over_ranks<Type, kWorld>(p.group.rank, peers.got, own);
       if (has_residual) add<Type>(total, residual);
       const Words rounded = canonical(pack<Type>(total));
       if (!tile.dead) {
         push_to_peers<kWorld>(p.group, slot_offset<kWorld>(p.group, kGatherPhase, unit, lane),
                               rounded);
+        peers.empty();
       }
       store_words(static_cast<char*>(sums) + tile.place(piece), rounded);
       if (first) kept.sum = rounded;
       squares = sum_of_squares<Type>(total);
     }
-    if (kOutput != Output::kSum) send_squares(tile, shared, i, warp_sum(squares));
+    if (Config::kHasNorm) send_squares(tile, shared, i, warp_sum(squares));
   }
   return kept;
 }
 
-// Waits for the peers' partial sums, a thread each; afterwards every thread finds its rows' scales
-// in shared memory. Every rank adds the same words in the same order.
-template <int kWorld>
-FW_DEVICE void await_scales(const Tile<kWorld>& tile, TwoShotShared& shared) {
+FW_DEVICE unsigned await_word(const GroupParams& group, const char* slot, int row, int source) {
+  Patience patience;
+  do {
+    FW_KEEP_LOOP
+    for (int polls = 0; polls < kPollsPerCheck; ++polls) {
+      const unsigned word = peek_word(slot);
+      if (word != kSentinel) return word;
+    }
+  } while (!patience.is_over(group));
+  give_up(group, row, kPartialPhase, source);
+  return kSentinel;
+}
+
+// Waits for the peers' partial sums, a thread each; afterwards they are in shared memory, where every
+// thread adds those of its row: every rank the same words in the same order.
+template <class Config>
+FW_DEVICE void await_squares(const Tile<Config>& tile, TwoShotShared& shared) {
+  constexpr int kWorld = Config::kWorld;
   const TwoShotParams& p = tile.p;
+  const int shard_units = Config::shard_units(p);
   const int rank = p.group.rank;
   for (int i = thread_index(); i < tile.units() * kWorld; i += thread_count()) {
     const int unit = i / kWorld;
@@ -132,50 +143,33 @@ FW_DEVICE void await_scales(const Tile<kWorld>& tile, TwoShotShared& shared) {
     if (source == rank) continue;
     unsigned word = tile.dead ? kSentinel : 0;
     if (!tile.dead && tile.has_columns(unit, source)) {
-      char* slot = partial_slot<kWorld>(p.group, rank, source, tile.global_unit(unit));
-      Patience patience;
-      do {
-        word = peek_word(slot);
-      } while (word == kSentinel && patience.more(p.group, tile.first_row + unit / p.shard_units,
-                                                  kPartialPhase, source));
+      const long long words = partial_offset<kWorld>(p.group, tile.global_unit(unit));
+      char* slot = p.group.slots + words + dense(source, rank) * 4;
+      word = await_word(p.group, slot, tile.first_row + unit / shard_units, source);
       push_word(slot, kSentinel);
     }
     shared.squares[i] = float_of(word);
   }
   block_barrier();  // all of shared.squares is written
-  for (int row = thread_index() / kWarp; row < tile.rows; row += thread_count() / kWarp) {
-    const int count = p.shard_units * kWorld;
-    float sum = 0.0f;
-    for (int i = thread_index() % kWarp; i < count; i += kWarp) {
-      sum += shared.squares[row * count + i];
-    }
-    sum = warp_sum(sum);
-    if (thread_index() % kWarp != 0) continue;
-    shared.scale[row] = reciprocal_sqrt(sum * p.inverse_hidden_size + p.eps);
-  }
-  block_barrier();  // all of shared.scale is written
 }
 
-// Up to kAhead gathered vectors that a thread has asked for.
-template <int kWorld>
+// Up to Config::kAhead gathered vectors that a thread has asked for.
+template <class Config>
 struct Gathered {
-  Piece piece[kAhead];
-  char* slot[kAhead];
-  Words v[kAhead];
-  Words weight[kAhead];
+  Piece piece[Config::kAhead];
+  char* slot[Config::kAhead];
+  Words v[Config::kAhead];
+  Words weight[Config::kAhead];
 
-  FW_DEVICE void ask(const Tile<kWorld>& tile, int first, bool with_weight) {
+  FW_DEVICE void ask(const Tile<Config>& tile, int first, bool with_weight) {
     const TwoShotParams& p = tile.p;
     const int rank = p.group.rank;
-    const int count = tile.units() * (kWorld - 1);
     FW_UNROLL
-    for (int j = 0; j < kAhead; ++j) {
-      const int number = first + j * (thread_count() / kWarp);
-      piece[j] = tile.piece(number, kWorld - 1, rank + 1);
-      if (number >= count) piece[j].column = -1;
+    for (int j = 0; j < Config::kAhead; ++j) {
+      piece[j] = tile.peers_piece(first + j * (thread_count() / kWarp));
       const long long unit = tile.global_unit(piece[j].unit);
-      slot[j] = p.group.slots[rank] + dense(piece[j].owner, rank) * kUnitBytes +
-                slot_offset<kWorld>(p.group, kGatherPhase, unit, thread_index() % kWarp);
+      slot[j] = p.group.slots + dense(piece[j].owner, rank) * kUnitBytes +
+                slot_offset<Config::kWorld>(p.group, kGatherPhase, unit, thread_index() % kWarp);
       if (piece[j].column < 0 || tile.dead) slot[j] = nullptr;
       v[j] = slot[j] != nullptr ? peek_words(slot[j]) : empty_slot();
       weight[j] = Words{};
@@ -186,62 +180,66 @@ struct Gathered {
   // Waits until every piece that has a slot is full; after a time-out the missing words are NaN.
   FW_DEVICE void await(const GroupParams& group) {
     Patience patience;
-    for (;;) {
-      int row = -1;
-      int owner = 0;
-      FW_UNROLL
-      for (int j = 0; j < kAhead; ++j) {
-        if (slot[j] != nullptr && !complete(v[j])) {
-          row = piece[j].row;
-          owner = piece[j].owner;
-          v[j] = peek_words(slot[j]);
+    int row;
+    int owner;
+    do {
+      FW_KEEP_LOOP
+      for (int polls = 0; polls < kPollsPerCheck; ++polls) {
+        row = -1;
+        FW_UNROLL
+        for (int j = 0; j < Config::kAhead; ++j) {
+          if (slot[j] != nullptr && !complete(v[j])) {
+            row = piece[j].row;
+            owner = piece[j].owner;
+            v[j] = peek_words(slot[j]);
+          }
         }
+        if (row < 0) return;
       }
-      if (row < 0 || !patience.more(group, row, kGatherPhase, owner)) return;
-    }
+    } while (!patience.is_over(group));
+    give_up(group, row, kGatherPhase, owner);
   }
 
-  template <class Type, Output kOutput>
-  FW_DEVICE void write(const Tile<kWorld>& tile, const TwoShotShared& shared) {
+  FW_DEVICE void write(const Tile<Config>& tile, const TwoShotShared& shared) {
     const TwoShotParams& p = tile.p;
-    void* sums = kOutput == Output::kSum ? p.output.out : p.residual_out;
+    void* sums = Config::kHasNorm ? p.residual_out : p.output.out;
     FW_UNROLL
-    for (int j = 0; j < kAhead; ++j) {
+    for (int j = 0; j < Config::kAhead; ++j) {
       if (piece[j].column < 0) continue;
       if (slot[j] != nullptr) push_words(slot[j], empty_slot());
       store_words(static_cast<char*>(sums) + tile.place(piece[j]), v[j]);
-      if (kOutput == Output::kNorm) {
+      if (Config::kOutput == Output::kNorm) {
         store_words(static_cast<char*>(p.output.out) + tile.place(piece[j]),
-                    norm_of<Type>(tile, shared, piece[j].row, v[j], weight[j]));
+                    norm_of(tile, scale_of(tile, shared, piece[j].row), v[j], weight[j]));
       }
     }
   }
 };
 
 // One tile from the first load to the last store of its sums and norms.
-template <class Type, int kWorld, Output kOutput, bool kEarlyTrigger, class Skew>
-FW_DEVICE void run_tile(const Tile<kWorld>& tile, TwoShotShared& shared) {
+template <class Config, class Skew>
+FW_DEVICE void run_tile(const Tile<Config>& tile, TwoShotShared& shared) {
+  constexpr bool kPlainNorm = Config::kOutput == Output::kNorm;
   const int warp = thread_index() / kWarp;
   const int warps = thread_count() / kWarp;
   const int rank = tile.p.group.rank;
   Skew::before_push(rank, tile.first_row);
   scatter(tile);
-  if (kEarlyTrigger) dependents_launch();
   Skew::before_take(rank, tile.first_row);
-  const Kept kept = reduce<Type, kWorld, kOutput>(tile, shared);
+  const Kept kept = reduce(tile, shared);
   // The first vectors are asked for before the partial sums are awaited: one trip, not two.
-  Gathered<kWorld> gathered;
-  gathered.ask(tile, warp, kOutput == Output::kNorm);
-  if (kOutput != Output::kSum) await_scales(tile, shared);
-  for (int i = warp; i < tile.units() * (kWorld - 1); i += warps * kAhead) {
-    if (i != warp) gathered.ask(tile, i, kOutput == Output::kNorm);
+  Gathered<Config> gathered;
+  gathered.ask(tile, warp, kPlainNorm);
+  if (Config::kHasNorm) await_squares(tile, shared);
+  for (int i = warp; i < tile.pieces(); i += warps * Config::kAhead) {
+    if (i != warp) gathered.ask(tile, i, kPlainNorm);
     gathered.await(tile.p.group);
-    gathered.template write<Type, kOutput>(tile, shared);
+    gathered.write(tile, shared);
   }
-  if (kOutput == Output::kNorm) {
-    write_own<Type>(tile, shared, kept.sum);
-  } else if (kOutput != Output::kSum) {
-    write_fp8<Type, kWorld, kOutput>(tile, shared);
+  if (kPlainNorm) {
+    write_own(tile, shared, kept.sum);
+  } else if (Config::kHasNorm) {
+    write_fp8(tile, shared);
   }
   block_barrier();  // nobody reads this tile's epochs or shared memory any more, and all have stored
   for (int unit = warp; unit < tile.units(); unit += warps) {
@@ -251,18 +249,19 @@ FW_DEVICE void run_tile(const Tile<kWorld>& tile, TwoShotShared& shared) {
   }
 }
 
-template <class Type, int kWorld, Output kOutput, bool kEarlyTrigger, class Skew = NoSkew>
+template <class Config, class Skew = NoSkew>
 FW_DEVICE void two_shot(const TwoShotParams& p, TwoShotShared& shared) {
   dependency_wait();  // by every thread, as in one_shot
+  if (Config::kEarlyTrigger) dependents_launch();
   const bool dead = is_dead(p.group);
   const int tiles = (p.num_tokens + p.rows_per_tile - 1) / p.rows_per_tile;
   for (int number = block_index(); number < tiles; number += block_count()) {
     const int first_row = number * p.rows_per_tile;
     const int left = p.num_tokens - first_row;
-    const Tile<kWorld> tile{p, first_row, left < p.rows_per_tile ? left : p.rows_per_tile, dead};
-    run_tile<Type, kWorld, kOutput, kEarlyTrigger, Skew>(tile, shared);
+    const Tile<Config> tile{p, first_row, left < p.rows_per_tile ? left : p.rows_per_tile, dead};
+    run_tile<Config, Skew>(tile, shared);
   }
-  if (!kEarlyTrigger) dependents_launch();
+  if (!Config::kEarlyTrigger) dependents_launch();
 }
 
 }  // namespace fusewise

@@ -13,7 +13,6 @@ constexpr int kMaxTileRows = 16;
 constexpr int kMaxTileUnits = 256;
 constexpr int kGatherPhase = 2;
 constexpr int kPartialPhase = 3;
-constexpr int kAhead = 4;  // vectors a thread loads or asks for before it uses the first
 
 // Mirrored in params.py; tensors as in OneShotParams.
 struct TwoShotParams {
@@ -33,45 +32,83 @@ struct TwoShotParams {
   float weight_bias;
 };
 
+// What is compiled, as OneShotConfig.
+template <class Type_, int kWorld_, int kAhead_, Output kOutput_, bool kEarlyTrigger_,
+          int kRowVectors_ = 0>
+struct TwoShotConfig {
+  using Type = Type_;
+  static constexpr int kWorld = kWorld_;
+  static constexpr int kPeers = kWorld - 1;
+  static constexpr int kAhead = kAhead_;  // vectors a thread loads or asks for before it uses one
+  static constexpr Output kOutput = kOutput_;
+  static constexpr bool kEarlyTrigger = kEarlyTrigger_;
+  static constexpr bool kHasNorm = kOutput != Output::kSum;
+  static constexpr int kRowVectors = kRowVectors_;
+  static constexpr int kShardVectors = (kRowVectors + kWorld - 1) / kWorld;
+
+  FW_DEVICE static int row_vectors(const TwoShotParams& p) {
+    return kRowVectors > 0 ? kRowVectors : p.row_vectors;
+  }
+  FW_DEVICE static int shard_vectors(const TwoShotParams& p) {
+    return kRowVectors > 0 ? kShardVectors : p.shard_vectors;
+  }
+  FW_DEVICE static int shard_units(const TwoShotParams& p) {
+    return kRowVectors > 0 ? (kShardVectors + kWarp - 1) / kWarp : p.shard_units;
+  }
+};
+
 struct TwoShotShared {
-  float squares[kMaxTileUnits * kMaxRanks];  // per unit and owner: the partial sums
-  float scale[kMaxTileRows];
+  alignas(16) float squares[kMaxTileUnits * kMaxRanks];  // per unit and owner: the partial sums
 };
 
 // A warp's piece of a tile: 32 vectors of one owner's columns in one row.
 struct Piece {
   int row;     // in the message
-  int owner;
+  int owner;   // number `peer` in GroupParams::peers, if it is another rank
+  int peer;
   int unit;    // within the tile
   int column;  // this lane's vector in the row; -1: none
 };
 
-template <int kWorld>
+template <class Config>
 struct Tile {
   const TwoShotParams& p;
   int first_row;
   int rows;
   bool dead;  // sends nothing, takes nothing, gives NaN
 
-  FW_DEVICE int units() const { return rows * p.shard_units; }
+  FW_DEVICE int units() const { return rows * Config::shard_units(p); }
+  FW_DEVICE int pieces() const { return units() * Config::kPeers; }
 
-  // Piece number `i` of `owners` owners per unit; owner number 0 is `first_owner`.
-  FW_DEVICE Piece piece(int i, int owners, int first_owner) const {
+  // Piece number `i` of this rank's own columns.
+  FW_DEVICE Piece own_piece(int i) const { return piece(i, -1); }
+
+  // Piece number `i` of all peers' columns; none from number pieces() on.
+  FW_DEVICE Piece peers_piece(int i) const {
+    Piece found = piece(i / Config::kPeers, i % Config::kPeers);
+    if (i >= pieces()) found.column = -1;
+    return found;
+  }
+
+  FW_DEVICE Piece piece(int unit, int peer) const {
+    const int in_row = unit % Config::shard_units(p);
+    const int in_shard = in_row * kWarp + thread_index() % kWarp;
     Piece piece;
-    piece.unit = i / owners;
-    piece.owner = (first_owner + i % owners) % kWorld;
-    piece.row = first_row + piece.unit / p.shard_units;
-    const int lane = thread_index() % kWarp;
-    const int in_shard = piece.unit % p.shard_units * kWarp + lane;
-    const int column = piece.owner * p.shard_vectors + in_shard;
-    const bool used = in_shard < p.shard_vectors && column < p.row_vectors;
-    piece.column = used ? column : -1;
+    piece.unit = unit;
+    piece.peer = peer;
+    piece.owner = (p.group.rank + 1 + peer) % Config::kWorld;
+    piece.row = first_row + unit / Config::shard_units(p);
+    piece.column = piece.owner * Config::shard_vectors(p) + in_shard;
+    if (in_shard >= Config::shard_vectors(p) || piece.column >= Config::row_vectors(p)) {
+      piece.column = -1;
+    }
     return piece;
   }
 
   // Whether the owner has columns in this unit: the last owners of a narrow row may have none.
   FW_DEVICE bool has_columns(int unit, int owner) const {
-    return owner * p.shard_vectors + unit % p.shard_units * kWarp < p.row_vectors;
+    const int in_row = unit % Config::shard_units(p);
+    return owner * Config::shard_vectors(p) + in_row * kWarp < Config::row_vectors(p);
   }
 
   FW_DEVICE unsigned epoch(int unit) const {
@@ -79,21 +116,22 @@ struct Tile {
   }
 
   FW_DEVICE long long global_unit(int unit) const {
-    return static_cast<long long>(first_row) * p.shard_units + unit;
+    return static_cast<long long>(first_row) * Config::shard_units(p) + unit;
   }
 
   FW_DEVICE long long place(const Piece& piece) const {
-    return (static_cast<long long>(piece.row) * p.row_vectors + piece.column) * kVectorBytes;
+    return (static_cast<long long>(piece.row) * Config::row_vectors(p) + piece.column) *
+           kVectorBytes;
   }
 };
 
+// A rank's number among the peers of another.
 FW_DEVICE int dense(int source, int owner) { return source - (source > owner ? 1 : 0); }
 
-// Where the partial sum of an owner's unit arrives: a word per unit and source, behind the vectors.
+// Where the partial sums of a unit arrive behind a rank's slots: a word per source, behind the vectors.
 template <int kWorld>
-FW_DEVICE char* partial_slot(const GroupParams& group, int receiver, int source, long long unit) {
-  const long long before = 3 * group.unit_capacity * (kWorld - 1) * kUnitBytes;
-  return group.slots[receiver] + before + (unit * (kWorld - 1) + dense(source, receiver)) * 4;
+FW_DEVICE long long partial_offset(const GroupParams& group, long long unit) {
+  return (3 * group.unit_capacity * kUnitBytes + unit * 4) * (kWorld - 1);
 }
 
 }  // namespace fusewise

@@ -13,6 +13,7 @@ namespace fusewise {
 // Each type says how many elements one 4-byte word holds and how words become fp32 and back.
 struct BFloat16 {
   static constexpr int kPerWord = 2;
+  static constexpr unsigned kNegativeZeros = 0x80008000u;
   FW_DEVICE static void unpack(unsigned word, float* value) {
     value[0] = float_of(word << 16);
     value[1] = float_of(word & 0xffff0000u);
@@ -22,6 +23,7 @@ struct BFloat16 {
 
 struct Float16 {
   static constexpr int kPerWord = 2;
+  static constexpr unsigned kNegativeZeros = 0x80008000u;
   FW_DEVICE static void unpack(unsigned word, float* value) {
     value[0] = half_to_float(word & 0xffffu);
     value[1] = half_to_float(word >> 16);
@@ -31,6 +33,7 @@ struct Float16 {
 
 struct Float32 {
   static constexpr int kPerWord = 1;
+  static constexpr unsigned kNegativeZeros = 0x80000000u;
   FW_DEVICE static void unpack(unsigned word, float* value) { value[0] = float_of(word); }
   FW_DEVICE static unsigned pack(const float* value) { return bits_of(value[0]); }
 };
@@ -57,6 +60,13 @@ FW_DEVICE Words pack(const Floats<Type>& v) {
   FW_UNROLL
   for (int i = 0; i < 4; ++i) words.word[i] = Type::pack(v.at + i * Type::kPerWord);
   return words;
+}
+
+// What changes nothing when it is added, not even the sign of a zero.
+template <class Type>
+FW_DEVICE Words nothing_to_add() {
+  constexpr unsigned kWord = Type::kNegativeZeros;
+  return Words{{kWord, kWord, kWord, kWord}};
 }
 
 template <class Type>
