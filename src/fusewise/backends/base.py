@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
@@ -19,7 +19,7 @@ from fusewise.profiles.schema import Numerics, PathRecord
 from fusewise.shape import Shape
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from torch import Tensor
 
@@ -99,6 +99,18 @@ class Backend(ABC):
             Two new tensors like ``x``.
         """
         return residual_rms_norm(self.all_reduce(x), residual, weight, eps, weight_bias)
+
+    def prepared(self, op: Op, shape: Shape) -> Callable[..., Any] | None:
+        """``all_reduce`` or ``all_reduce_rms_norm`` for one shape, with everything looked up.
+
+        What it returns takes contiguous tensors of that many rows in any number of dimensions, its
+        ``weight_bias`` always given, and serves as long as the backend is open. None where there is
+        nothing to prepare.
+
+        Raises:
+            InputError: the backend does not admit the shape.
+        """
+        return None
 
     def variants(self, shape: Shape) -> tuple[str, ...]:
         """Names of configurations worth measuring beside the default at this shape."""
