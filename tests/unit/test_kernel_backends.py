@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import ctypes
+import threading
 import types
 from typing import Any
 
@@ -17,10 +18,11 @@ from fusewise.backends.native.cuda.launch import Kernels
 from fusewise.backends.native.cuda.params import OneShotParams, TwoShotParams
 from fusewise.backends.native.fp8 import Fp8
 from fusewise.backends.native.strategies import OneShot, TwoShot
+from fusewise.backends.native.watchdog import REPLAY_TIMEOUT
 from fusewise.errors import InputError, RankTimeoutError, UnavailableError
 from fusewise.node import Fingerprint
 from fusewise.shape import Shape
-from tests.groups import MirrorGroup
+from tests.groups import BOUND_S, MirrorGroup
 from tests.unit.test_workspace import Host
 
 pytest.importorskip("cuda.core", reason='needs pip install "fusewise[cuda]"')
@@ -41,6 +43,10 @@ class Driver:
         facts = types.SimpleNamespace(major=sm // 10, minor=sm % 10, multi_processor_count=132)
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: facts)
         monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda i: STREAM, raising=False)
+        self.capturing = False
+        monkeypatch.setattr(
+            torch._C, "_cuda_isCurrentStreamCapturing", lambda: self.capturing, raising=False
+        )
         monkeypatch.setattr(Kernels, "load", self.load)
         monkeypatch.setattr(
             driver, "cuOccupancyMaxActiveBlocksPerMultiprocessor", lambda *a: (self.answer, 4)
@@ -257,6 +263,25 @@ def test_after_a_time_out_every_call_says_who_was_missing(monkeypatch: pytest.Mo
     backend._workspace.status[:5] = torch.tensor([1, 0, 17, 1, 1], dtype=torch.int32)
     with pytest.raises(RankTimeoutError, match=r"rank 0 waited at row 17 for rank 1 \(phase 1\)"):
         backend.all_reduce(rows())
+
+
+def test_a_time_out_of_a_replay_is_told_without_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    backend, _ = built(monkeypatch)
+    heard = threading.Event()
+    backend.on_death(lambda error: heard.set())
+    backend._workspace.status[:5] = torch.tensor([1, 0, 17, 1, 1], dtype=torch.int32)
+    assert heard.wait(BOUND_S)
+    backend.close()
+
+
+def test_captured_calls_have_the_bound_of_replays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(REPLAY_TIMEOUT, "0.25")
+    backend, driver = built(monkeypatch)
+    for captured in (False, True, True, False):
+        driver.capturing = captured
+        backend.all_reduce(rows())
+    bounds = [sent.group.timeout_ns for sent in driver.launches]
+    assert bounds == [5_000_000_000, 250_000_000, 250_000_000, 5_000_000_000]
 
 
 def test_a_refused_launch_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from fusewise.errors import RankTimeoutError
     from fusewise.node import Fingerprint
     from fusewise.ranks.group import Group
 
@@ -144,6 +145,11 @@ class Backend(ABC):
 
     def check(self) -> None:  # noqa: B027  most fail in the call itself
         """Raises RankTimeoutError if a kernel gave up waiting, also one of a replayed graph."""
+
+    def on_death(  # noqa: B027  most have no kernel that can wait in vain
+        self, tell: Callable[[RankTimeoutError], None]
+    ) -> None:
+        """Calls ``tell`` once, from another thread, when ``check`` would raise; replays too."""
 
     def close(self) -> None:  # noqa: B027  most own nothing
         """Gives back every buffer and handle. Collective; safe to call twice."""

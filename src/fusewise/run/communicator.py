@@ -18,7 +18,7 @@ from torch.compiler import is_compiling
 from fusewise.backends.base import shape_of
 from fusewise.backends.norm import residual_rms_norm
 from fusewise.backends.registry import select
-from fusewise.errors import InputError
+from fusewise.errors import InputError, RankTimeoutError
 from fusewise.operation import Op
 from fusewise.profiles.bands import Band, Plan
 from fusewise.profiles.schema import Profile
@@ -87,6 +87,8 @@ class Communicator:
         self.plans, self.source = self._paths.plans, self._paths.source
         self._runs: dict[tuple[Any, ...], Run] = {}  # by shape, dtype and kind of call
         self._device = self.group.device
+        self._dead = False
+        self._paths.on_death(self._die)
         self.handle = registry.new_handle(self)  # what compiled graphs call this one
 
     def activate(self) -> None:
@@ -196,7 +198,8 @@ class Communicator:
     def check(self) -> None:
         """Asks every backend whether a kernel gave up waiting for a peer; costs no synchronisation.
 
-        Calls ask by themselves. Replays of a CUDA graph pass by this class: ask after them.
+        Calls ask by themselves, and a watchdog logs it, also where only graphs are replayed; a
+        replay itself cannot raise.
 
         Raises:
             RankTimeoutError: names the rank that waited and the one that did not come.
@@ -212,6 +215,7 @@ class Communicator:
 
         ``kind`` is whether the fused operation has no residual, and a weight bias.
         """
+        self._paths.check()
         tail = rows.dtype, *kind
         found = self._runs.get((rows.shape, *tail))
         if found is None:
@@ -224,7 +228,14 @@ class Communicator:
             found = self._runs[(rows.shape, *tail)] = Run(call, self._device)
             if prepared is not None:  # it takes x in its own shape
                 self._runs[(x.shape, *tail)] = Run(call, self._device)
+            if self._dead:
+                self._runs.clear()
         return found
+
+    def _die(self, error: RankTimeoutError) -> None:
+        """From the watchdog's thread: no call finds its run any more, so the next one asks."""
+        self._dead = True
+        self._runs.clear()
 
     def close(self) -> None:
         """Closes every backend on all ranks, then raises the first error. Safe to call twice."""

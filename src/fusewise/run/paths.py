@@ -19,8 +19,10 @@ from fusewise.ranks.agreement import agreed_plans
 
 if TYPE_CHECKING:
     import os
+    from collections.abc import Callable
 
     from fusewise.backends.base import Backend
+    from fusewise.errors import RankTimeoutError
     from fusewise.node import Fingerprint
     from fusewise.operation import Op
     from fusewise.profiles.bands import Band, Plan
@@ -132,6 +134,11 @@ class Paths:
         for backend in self.backends.values():
             stack.enter_context(backend.capture())
         return stack
+
+    def on_death(self, tell: Callable[[RankTimeoutError], None]) -> None:
+        """Calls ``tell`` from another thread once a backend is dead, also in a graph's replay."""
+        for backend in self.backends.values():
+            backend.on_death(tell)
 
     def check(self) -> None:
         """Every backend's; raises the first error."""

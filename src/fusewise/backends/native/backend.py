@@ -19,9 +19,10 @@ from fusewise.backends.native.cuda.build import missing_compiler
 from fusewise.backends.native.cuda.launch import Kernels, PreparedLaunch
 from fusewise.backends.native.cuda.prepare import group_params
 from fusewise.backends.native.fp8 import Fp8, Fp8Result, check_static_scale
+from fusewise.backends.native.watchdog import Pulse
 from fusewise.backends.native.workspace import SlotLayout, Workspace
 from fusewise.backends.steps import not_on_one_host, together
-from fusewise.errors import FusewiseError, InputError, UnavailableError
+from fusewise.errors import FusewiseError, InputError, RankTimeoutError, UnavailableError
 from fusewise.profiles.schema import Numerics
 from fusewise.shape import Shape
 
@@ -68,7 +69,8 @@ class NativeBackend(Backend):
         super().__init__(group, max_shape)
         self._kernels = together(group, f"{self.id}: device", self._open_device)
         self._workspace = Workspace(group, self._room(max_shape), self.id)
-        self._lane = Lane(self.id, group, self._workspace.status)
+        self._pulse = Pulse(self.id, group, self._workspace.status)
+        self._lane = Lane(group, self._pulse)
         self._calls: dict[tuple[torch.Size, torch.dtype, Output], Call] = {}
         self._selected: dict[tuple[bool, Shape], str] = {}  # variants, by (fused, shape)
         try:
@@ -195,7 +197,10 @@ class NativeBackend(Backend):
         return self._first_call(shape, "kNorm").norm
 
     def check(self) -> None:
-        self._lane.check()
+        self._pulse.check()
+
+    def on_death(self, tell: Callable[[RankTimeoutError], None]) -> None:
+        self._pulse.on_death(tell)
 
     def _call_for(self, x: Tensor, output: Output) -> Call:
         call = self._calls.get((x.shape, x.dtype, output))
@@ -218,5 +223,6 @@ class NativeBackend(Backend):
     def close(self) -> None:
         if self._workspace.closed:
             return
+        self._pulse.close()
         self._workspace.close()
         self._calls.clear()

@@ -11,52 +11,37 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fusewise.backends.native.cuda.params import Status
-from fusewise.errors import RankTimeoutError
-
 if TYPE_CHECKING:
     from torch import Tensor
 
     from fusewise.backends.native.cuda.launch import PreparedLaunch
     from fusewise.backends.native.fp8 import Fp8Result
+    from fusewise.backends.native.watchdog import Pulse
     from fusewise.ranks.group import Group
 
 _MISALIGNED = 15  # the low bits of an address that a 16-byte access forbids
-_PHASES = ("the peers' rows", "the peers' rows", "the reduced columns", "the partial sums")
 
 
 class Lane:
-    """What all calls of one backend share: the word that says it is dead, and the last stream.
+    """What all calls of one backend share: its pulse and the last stream.
 
     Args:
-        label: the backend's id, for messages.
         group: the ranks.
-        status: the words of a ``Status`` in host memory that the device writes.
+        pulse: says whether a kernel waited in vain.
     """
 
-    __slots__ = ("_group", "_label", "_page", "index", "last_stream", "status")
+    __slots__ = ("_device", "index", "last_stream", "pulse", "status")
 
-    def __init__(self, label: str, group: Group, status: Tensor) -> None:
-        self._label, self._group = label, group
-        self._page = status  # keeps the memory
-        self.status = Status.from_address(status.data_ptr())
-        self.index = group.device.index
+    def __init__(self, group: Group, pulse: Pulse) -> None:
+        self.pulse, self.status = pulse, pulse.status
+        self._device, self.index = group.device, group.device.index
         self.last_stream = 0
 
-    def check(self) -> None:
-        """Raises if a kernel of this rank waited in vain; reads one host word, waits for nothing.
-
-        Raises:
-            RankTimeoutError: names the rank that waited, the row, the phase and the missing peer.
-        """
-        if self.status.state:
-            raise _timed_out(self._label, self._group, self.status)
-
-    def follow(self, stream: int) -> None:
+    def follow(self, stream: int, captured: bool) -> None:
         """Makes a new stream wait for the last one, whose kernels share our counters."""
-        if not torch.cuda.is_current_stream_capturing():
-            before: Any = _stream_at(self.last_stream, self._group.device)
-            torch.cuda.current_stream(self._group.device).wait_stream(before)
+        if not captured:
+            before: Any = _stream_at(self.last_stream, self._device)
+            torch.cuda.current_stream(self._device).wait_stream(before)
         self.last_stream = stream
 
 
@@ -67,12 +52,15 @@ class Call:
     any number of dimensions; copies those that a 16-byte access would miss.
     """
 
-    __slots__ = ("_lane", "_launch", "_output", "_parameters")
+    __slots__ = ("_bounds_ns", "_captured", "_lane", "_launch", "_output", "_parameters")
 
     def __init__(self, launch: PreparedLaunch, lane: Lane) -> None:
         self._launch, self._lane = launch, lane
         self._parameters: Any = launch.parameters
         self._output = launch.output
+        eager_ns = self._parameters.group.timeout_ns
+        self._bounds_ns = eager_ns, min(eager_ns, int(1e9 * lane.pulse.replay_timeout_s))
+        self._captured = False  # whether the parameters hold the second of them
 
     def sum(self, x: Tensor) -> Tensor:
         """The sum alone, as a new tensor."""
@@ -133,22 +121,15 @@ class Call:
     def _enqueue(self) -> None:
         lane = self._lane
         if lane.status.state:
-            lane.check()
+            lane.pulse.check()
         stream = torch._C._cuda_getCurrentRawStream(lane.index)
+        captured = torch._C._cuda_isCurrentStreamCapturing()
         if stream != lane.last_stream:
-            lane.follow(stream)
+            lane.follow(stream, captured)
+        if captured is not self._captured:
+            self._parameters.group.timeout_ns = self._bounds_ns[captured]
+            self._captured = captured
         self._launch(stream)
-
-
-def _timed_out(backend_id: str, group: Group, status: Status) -> RankTimeoutError:
-    return RankTimeoutError(
-        f"{backend_id} of {group} is dead",
-        expected=f"{_PHASES[status.phase]} within {group.timeout_s:g} s",
-        got=f"rank {group.ranks[status.rank]} waited at row {status.row} "
-        f"for rank {group.ranks[status.peer]} (phase {status.phase})",
-        hint="Results since then are NaN. Every rank must make the same calls in the same order; "
-        "see the missing rank's own output, then build a new communicator.",
-    )
 
 
 def _stream_at(address: int, device: torch.device) -> Any:
