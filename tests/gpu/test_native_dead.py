@@ -1,4 +1,4 @@
-"""A peer that stays away from our kernels, on two ranks: named within the bound, eager or replayed."""
+"""A peer that stays away from our kernels: named within the bound, in calls and in replays."""
 
 from __future__ import annotations
 

@@ -85,14 +85,14 @@ def _after_a_death(comm: Communicator, x: torch.Tensor) -> str:
 
     comm.all_reduce(x)
     backend.check = check
-    comm._die(error)
+    comm._runs.die(error)
     try:
         comm.all_reduce(x)
     except RankTimeoutError as raised:
         return str(raised)
     finally:
         del backend.check
-        comm._dead = False
+        comm._runs._dead = False
     return "nothing"
 
 

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from fusewise.errors import InputError
-from fusewise.run import border
-from fusewise.run.border import Run, like_these, on_aligned, usable
+from fusewise.run import runs
+from fusewise.run.border import like_these, on_aligned, unknown, usable
+from fusewise.run.runs import Run
 
 CPU = torch.device("cpu")
 H = 64
@@ -41,7 +42,7 @@ def test_only_tensors_that_fit_go_to_a_kernel_as_they_are(
     monkeypatch: pytest.MonkeyPatch, change: str, which: str, remembers: bool
 ) -> None:
     if not remembers:
-        monkeypatch.setattr(border, "like_these", lambda *tensors: border._unknown)
+        monkeypatch.setattr(runs, "like_these", lambda *tensors: unknown)
     run, given = Run(lambda *_: None, CPU), operands()
     assert run.takes(**given)
     assert run.seen(*given.values()) is remembers

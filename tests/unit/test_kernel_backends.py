@@ -324,10 +324,14 @@ def test_fp8_outputs_are_of_their_shapes(
     assert (sent.out != 0) is keep_norm is (result.norm is not None)
 
 
-def test_fp8_needs_sm_89_and_the_right_scale(monkeypatch: pytest.MonkeyPatch) -> None:
-    old, _ = built(monkeypatch, sm=80)
-    with pytest.raises(UnavailableError, match="sm_89"):
-        old.all_reduce_rms_norm_fp8(rows(), None, rows(1).view(-1), 1e-6, Fp8("token"))
-    new, _ = built(monkeypatch, sm=89)
-    with pytest.raises(InputError, match="static_scale"):
-        new.all_reduce_rms_norm_fp8(rows(), None, rows(1).view(-1), 1e-6, Fp8("static"))
+def test_fp8_in_the_kernel_needs_sm_89_and_everywhere_the_right_scale(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for sm, output in ((80, "kNorm"), (89, "kTokenFp8")):
+        backend, driver = built(monkeypatch, sm=sm)
+        operands = rows(), None, rows(1).view(-1), 1e-6
+        result = backend.all_reduce_rms_norm_fp8(*operands, Fp8("token"))
+        assert driver.loads[-1].output == output
+        assert (result.quantised.dtype, result.norm) == (torch.float8_e4m3fn, None)
+        with pytest.raises(InputError, match="static_scale"):
+            backend.all_reduce_rms_norm_fp8(*operands, Fp8("static"))

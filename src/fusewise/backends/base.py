@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from fusewise.backends.native.fp8 import Fp8, Fp8Result
     from fusewise.errors import RankTimeoutError
     from fusewise.node import Fingerprint
     from fusewise.ranks.group import Group
@@ -100,6 +101,31 @@ class Backend(ABC):
             Two new tensors like ``x``.
         """
         return residual_rms_norm(self.all_reduce(x), residual, weight, eps, weight_bias)
+
+    def all_reduce_rms_norm_fp8(
+        self,
+        x: Tensor,
+        residual: Tensor | None,
+        weight: Tensor,
+        eps: float,
+        fp8: Fp8,
+        weight_bias: float = 0.0,
+        static_scale: Tensor | None = None,
+    ) -> Fp8Result:
+        """As ``all_reduce_rms_norm``, with the norm quantised to FP8 e4m3.
+
+        The quantised values equal ``native.fp8.quantise`` of the norm, which most backends call.
+
+        Args:
+            x, residual, weight, eps, weight_bias: as ``all_reduce_rms_norm``.
+            fp8: how to scale, and whether the norm is wanted too.
+            static_scale: one fp32 number on the device, with ``scaling="static"`` only.
+
+        Raises:
+            InputError: the scale does not fit ``fp8``.
+        """
+        norm, total = self.all_reduce_rms_norm(x, residual, weight, eps, weight_bias)
+        return fp8.result_of(norm, total, static_scale)
 
     def prepared(self, op: Op, shape: Shape) -> Callable[..., Any] | None:
         """``all_reduce`` or ``all_reduce_rms_norm`` for one shape, with everything looked up.

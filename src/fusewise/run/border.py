@@ -19,35 +19,6 @@ ROWS = 2  # dimensions: what backends take
 ALIGNMENT = 16  # bytes: the widest vector a kernel loads
 
 
-class Run:
-    """What runs calls of one shape and kind, and how the tensors of the last one looked.
-
-    Args:
-        call: takes contiguous tensors of that shape at any address.
-        here: the group's device.
-    """
-
-    __slots__ = ("_here", "call", "seen")
-
-    def __init__(self, call: Callable[..., Any], here: torch.device) -> None:
-        self.call, self._here = call, here
-        self.seen: Callable[..., bool] = _unknown
-
-    def takes(
-        self, x: Tensor, weight: Tensor | None = None, residual: Tensor | None = None
-    ) -> bool:
-        """Whether these may go to ``call`` as they are; ``seen`` then knows their like."""
-        if not ready(x, residual, weight, self._here):
-            return False
-        tensors = [t for t in (x, weight, residual) if t is not None]
-        seen = like_these(*tensors)
-        if any(t.requires_grad for t in tensors):  # parameters: fine as long as nothing records
-            self.seen = lambda *given: not torch.is_grad_enabled() and seen(*given)
-        else:
-            self.seen = seen
-        return True
-
-
 def like_these(*tensors: Tensor) -> Callable[..., bool]:
     """A look in C++: whether tensors have the type, dtype, device, sizes, strides, dispatch keys
     and ``requires_grad`` of these.
@@ -62,11 +33,12 @@ def like_these(*tensors: Tensor) -> Callable[..., bool]:
         guards = TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
         check: Callable[..., bool] = guards.check
     except (ImportError, AttributeError, TypeError):
-        return _unknown
+        return unknown
     return check
 
 
-def _unknown(*tensors: Tensor) -> bool:
+def unknown(*tensors: Tensor) -> bool:
+    """The look of one who remembers nothing."""
     return False
 
 

@@ -10,23 +10,24 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, overload
 
 import torch
 from torch.compiler import is_compiling
 
-from fusewise.backends.base import shape_of
+from fusewise.backends.native.fp8 import Fp8, Fp8Result, check_static_scale
 from fusewise.backends.norm import residual_rms_norm
 from fusewise.backends.registry import select
-from fusewise.errors import InputError, RankTimeoutError
+from fusewise.errors import InputError
 from fusewise.operation import Op
 from fusewise.profiles.bands import Band, Plan
 from fusewise.profiles.schema import Profile
 from fusewise.ranks.agreement import fingerprint_of
 from fusewise.ranks.group import Group
 from fusewise.run import registry
-from fusewise.run.border import ROWS, Run, mismatch, on_aligned, rows_of, usable
+from fusewise.run.border import ROWS, mismatch, rows_of, usable
 from fusewise.run.paths import Paths
+from fusewise.run.runs import Runs
 from fusewise.shape import Shape
 
 if TYPE_CHECKING:
@@ -35,7 +36,6 @@ if TYPE_CHECKING:
 
 _MAX_MESSAGE_BYTES = 64 * 2**20  # where the published engine tables end
 _MAX_HIDDEN_SIZE = 8192
-_MAX_RUNS = 16_384  # prepared calls kept, one per shape and kind of call; near 2 KB each
 
 
 class Communicator:
@@ -85,10 +85,8 @@ class Communicator:
         max_shape = Shape(tokens, max_hidden_size, "bfloat16")
         self._paths = Paths(self.group, self.node, profile, excluded, max_shape)
         self.plans, self.source = self._paths.plans, self._paths.source
-        self._runs: dict[tuple[Any, ...], Run] = {}  # by shape, dtype and kind of call
         self._device = self.group.device
-        self._dead = False
-        self._paths.on_death(self._die)
+        self._runs = Runs(self._paths, self._device)
         self.handle = registry.new_handle(self)  # what compiled graphs call this one
 
     def activate(self) -> None:
@@ -119,8 +117,20 @@ class Communicator:
         rows = rows_of(x, "x", self._device)
         if self.group.world_size == 1 or rows.numel() == 0:
             return x.clone(memory_format=torch.contiguous_format)
-        summed = self._run("all_reduce", x, rows).call(rows)
+        summed = self._runs.of("all_reduce", x, rows).call(rows)
         return summed if x.ndim == ROWS else summed.view(shape)
+
+    @overload
+    def all_reduce_rms_norm(
+        self, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float = ...,
+        weight_bias: float = ..., fp8: None = ..., static_scale: None = ...,
+    ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+
+    @overload
+    def all_reduce_rms_norm(
+        self, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float = ...,
+        weight_bias: float = ..., *, fp8: Fp8, static_scale: Tensor | None = ...,
+    ) -> Fp8Result: ...  # fmt: skip
 
     def all_reduce_rms_norm(
         self,
@@ -129,7 +139,9 @@ class Communicator:
         weight: Tensor,
         eps: float = 1e-6,
         weight_bias: float = 0.0,
-    ) -> tuple[Tensor, Tensor]:
+        fp8: Fp8 | None = None,
+        static_scale: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor] | Fp8Result:
         """``s = all_reduce(x) + residual``; returns ``(rms_norm(s) · (weight + weight_bias), s)``.
 
         Args:
@@ -138,13 +150,20 @@ class Communicator:
             weight: [hidden_size], the same dtype.
             eps: added to the mean square.
             weight_bias: 1.0 for Gemma's ``1 + weight``.
+            fp8: quantise the norm, in the same kernel where the plan's path is one of ours.
+            static_scale: one fp32 number on the device, with ``Fp8("static")`` only.
 
         Returns:
-            Two new tensors like ``x``, bit-identical on all ranks.
+            Two new tensors like ``x``, bit-identical on all ranks; with ``fp8`` an ``Fp8Result``,
+            whose scales have the leading dimensions of ``x``.
 
         Raises:
-            InputError: shapes, dtypes or devices do not fit together.
+            InputError: shapes, dtypes or devices do not fit together, or the scale not ``fp8``.
         """
+        if fp8 is not None:
+            return self._quantised(x, residual, weight, eps, weight_bias, fp8, static_scale)
+        if static_scale is not None:
+            raise InputError("a static_scale without fp8", expected="fp8=Fp8('static')")
         if is_compiling():
             both: tuple[Tensor, Tensor] = torch.ops.fusewise.all_reduce_rms_norm(
                 x, residual, weight, eps, weight_bias, self._name_in_graph()
@@ -161,12 +180,40 @@ class Communicator:
             return results
         rows, residual, weight = self._usable(x, residual, weight)
         if self.group.world_size == 1 or rows.numel() == 0:
-            out, total = residual_rms_norm(rows, residual, weight, eps, weight_bias)
-            total = total.clone() if residual is None else total
+            out, total = _alone(rows, residual, weight, eps, weight_bias)
         else:
-            run = self._run("all_reduce_rms_norm", x, rows, bare, biased)
+            run = self._runs.of("all_reduce_rms_norm", x, rows, bare, biased)
             out, total = run.call(rows, residual, weight, eps, weight_bias)
         return (out, total) if x.ndim == ROWS else (out.view(shape), total.view(shape))
+
+    def _quantised(
+        self,
+        x: Tensor,
+        residual: Tensor | None,
+        weight: Tensor,
+        eps: float,
+        weight_bias: float,
+        fp8: Fp8,
+        static_scale: Tensor | None,
+    ) -> Fp8Result:
+        """``all_reduce_rms_norm`` with ``fp8``, by the backend that the plan names for the norm."""
+        if is_compiling():
+            quantised, scales, total, norm = torch.ops.fusewise.all_reduce_rms_norm_fp8(
+                x, residual, weight, eps, weight_bias, fp8.scaling, static_scale, fp8.keep_norm,
+                self._name_in_graph(),
+            )  # fmt: skip
+            scales = scales if static_scale is None else static_scale
+            return Fp8Result(quantised, scales, total, norm if fp8.keep_norm else None)
+        check_static_scale(fp8, static_scale, self._device)
+        kind = residual is None, weight_bias != 0.0
+        rows, residual, weight = self._usable(x, residual, weight)
+        if self.group.world_size == 1 or rows.numel() == 0:
+            alone = _alone(rows, residual, weight, eps, weight_bias)
+            result = fp8.result_of(*alone, static_scale)
+        else:
+            call = self._runs.of("all_reduce_rms_norm", x, rows, *kind, True).call
+            result = call(rows, residual, weight, eps, fp8, weight_bias, static_scale)
+        return result if x.ndim == ROWS else result.in_shape(x.shape)
 
     def _usable(
         self, x: Tensor, residual: Tensor | None, weight: Tensor
@@ -210,33 +257,6 @@ class Communicator:
         """The handle; in an exported program the group's name, which other processes know."""
         return self.group.name if torch.compiler.is_exporting() else self.handle
 
-    def _run(self, op: Op, x: Tensor, rows: Tensor, *kind: bool) -> Run:
-        """What runs a call on ``rows``, kept for the next one of its shape.
-
-        ``kind`` is whether the fused operation has no residual, and a weight bias.
-        """
-        self._paths.check()
-        tail = rows.dtype, *kind
-        found = self._runs.get((rows.shape, *tail))
-        if found is None:
-            if len(self._runs) >= _MAX_RUNS:
-                self._runs.clear()
-            shape = shape_of(rows)
-            backend = self._paths.choose(op, shape, *kind)
-            prepared = backend.prepared(op, shape)
-            call = prepared or on_aligned(getattr(backend, op))
-            found = self._runs[(rows.shape, *tail)] = Run(call, self._device)
-            if prepared is not None:  # it takes x in its own shape
-                self._runs[(x.shape, *tail)] = Run(call, self._device)
-            if self._dead:
-                self._runs.clear()
-        return found
-
-    def _die(self, error: RankTimeoutError) -> None:
-        """From the watchdog's thread: no call finds its run any more, so the next one asks."""
-        self._dead = True
-        self._runs.clear()
-
     def close(self) -> None:
         """Closes every backend on all ranks, then raises the first error. Safe to call twice."""
         self._forget()
@@ -256,3 +276,11 @@ class Communicator:
         else:
             self._forget()
             self._paths.retire()
+
+
+def _alone(
+    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, weight_bias: float
+) -> tuple[Tensor, Tensor]:
+    """What a group of one computes, and any group of an empty message: new tensors."""
+    norm, total = residual_rms_norm(x, residual, weight, eps, weight_bias)
+    return norm, total.clone() if residual is None else total

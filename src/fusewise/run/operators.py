@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fusewise.backends.native.fp8 import Fp8, Scaling, check_static_scale
 from fusewise.run.border import no_gradient
 from fusewise.run.communicator import Communicator
 from fusewise.run.registry import communicator_for
@@ -56,6 +57,51 @@ def _fake_all_reduce_rms_norm(
     return like, torch.empty_like(like)
 
 
+def _all_reduce_rms_norm_fp8(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    eps: float,
+    weight_bias: float,
+    scaling: Scaling,
+    static_scale: Tensor | None,
+    keep_norm: bool,
+    group: str,
+) -> tuple[Tensor, ...]:
+    found = communicator_for(group).all_reduce_rms_norm(
+        x, residual, weight, eps, weight_bias,
+        fp8=Fp8(scaling, keep_norm), static_scale=static_scale,
+    )  # fmt: skip
+    # No result of an operator may be one of its inputs.
+    scales = found.scales if static_scale is None else found.scales.new_empty(0)
+    norm = x.new_empty(0) if found.norm is None else found.norm
+    return found.quantised, scales, found.residual_out, norm
+
+
+def _fake_all_reduce_rms_norm_fp8(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    eps: float,
+    weight_bias: float,
+    scaling: Scaling,
+    static_scale: Tensor | None,
+    keep_norm: bool,
+    group: str,
+) -> tuple[Tensor, ...]:
+    _refuse_gradient(x, residual, weight)
+    fp8 = Fp8(scaling, keep_norm)
+    check_static_scale(fp8, static_scale, x.device)
+    like = torch.empty_like(x, memory_format=torch.contiguous_format)
+    shape = (*x.shape[:-1], fp8.scales_shape(1, x.shape[-1])[-1])
+    return (
+        torch.empty_like(like, dtype=torch.float8_e4m3fn),
+        x.new_empty(shape if static_scale is None else (0,), dtype=torch.float32),
+        like,
+        torch.empty_like(like) if keep_norm else x.new_empty(0),
+    )
+
+
 def _refuse_gradient(*tensors: Tensor | None) -> None:
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         raise no_gradient("a tensor")
@@ -70,4 +116,12 @@ _operator(
     " -> (Tensor, Tensor)",
     _all_reduce_rms_norm,
     _fake_all_reduce_rms_norm,
+)
+# (quantised, scales, sum + residual, norm): scales is empty with a static one, norm unless kept.
+_operator(
+    "all_reduce_rms_norm_fp8",
+    "(Tensor x, Tensor? residual, Tensor weight, float eps, float weight_bias, str scaling,"
+    " Tensor? static_scale, bool keep_norm, str group) -> (Tensor, Tensor, Tensor, Tensor)",
+    _all_reduce_rms_norm_fp8,
+    _fake_all_reduce_rms_norm_fp8,
 )

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from fusewise.ranks.group import Group
 
 _MAX_PREPARED = 4096  # calls kept, one per number of tokens and kind of output; near 2 KB each
+_SM_FP8 = 89
 _OUTPUTS: dict[str, Output] = {
     "static": "kStaticFp8", "token": "kTokenFp8", "group": "kGroupFp8",
 }  # fmt: skip
@@ -168,22 +169,10 @@ class NativeBackend(Backend):
         weight_bias: float = 0.0,
         static_scale: Tensor | None = None,
     ) -> Fp8Result:
-        """As ``all_reduce_rms_norm``, with the norm quantised to FP8 e4m3 in the same kernel.
-
-        The quantised values equal ``native.fp8.quantise`` of the norm as returned.
-
-        Args:
-            x, residual, weight, eps, weight_bias: as ``all_reduce_rms_norm``.
-            fp8: how to scale, and whether the norm is wanted too.
-            static_scale: one fp32 number on the device, with ``scaling="static"`` only.
-
-        Raises:
-            InputError: the scale does not fit ``fp8``.
-            UnavailableError: the GPU is older than sm_89, which brought e4m3.
-        """
-        if self._kernels.sm < 89:
-            raise UnavailableError(
-                "FP8 outputs", expected="sm_89 or newer", got=f"sm_{self._kernels.sm}"
+        """In the same kernel from sm_89 on, which brought e4m3; else with a quantiser behind it."""
+        if self._kernels.sm < _SM_FP8:
+            return super().all_reduce_rms_norm_fp8(
+                x, residual, weight, eps, fp8, weight_bias, static_scale
             )
         check_static_scale(fp8, static_scale, x.device)
         result = fp8.empty_result(x, static_scale)
