@@ -13,6 +13,7 @@ import torch
 
 from fusewise.backends.base import select_variant
 from fusewise.backends.native import backend as native_base
+from fusewise.backends.native.calls import Lane
 from fusewise.backends.native.cuda import launch
 from fusewise.backends.native.cuda.launch import Kernels
 from fusewise.backends.native.cuda.params import OneShotParams, TwoShotParams
@@ -27,8 +28,6 @@ from tests.unit.test_workspace import Host
 
 pytest.importorskip("cuda.core", reason='needs pip install "fusewise[cuda]"')
 
-STREAM = 0
-
 
 class Driver:
     """Records launches; answers as a device of 132 multiprocessors with four blocks on each."""
@@ -42,8 +41,10 @@ class Driver:
         self.loads: list[Any] = []
         facts = types.SimpleNamespace(major=sm // 10, minor=sm % 10, multi_processor_count=132)
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: facts)
-        monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda i: STREAM, raising=False)
-        self.capturing = False
+        self.capturing, self.stream = False, 0
+        monkeypatch.setattr(
+            torch._C, "_cuda_getCurrentRawStream", lambda index: self.stream, raising=False
+        )
         monkeypatch.setattr(
             torch._C, "_cuda_isCurrentStreamCapturing", lambda: self.capturing, raising=False
         )
@@ -276,7 +277,9 @@ def test_a_time_out_of_a_replay_is_told_without_a_call(monkeypatch: pytest.Monke
 
 def test_captured_calls_have_the_bound_of_replays(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(REPLAY_TIMEOUT, "0.25")
+    monkeypatch.setattr(Lane, "follow", lambda lane, stream, captured: None)
     backend, driver = built(monkeypatch)
+    driver.stream = 7
     for captured in (False, True, True, False):
         driver.capturing = captured
         backend.all_reduce(rows())

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from fusewise.backends.native.watchdog import Pulse
     from fusewise.ranks.group import Group
 
+_DEFAULT_STREAM = 0  # never captured, so never asked about
 _MISALIGNED = 15  # the low bits of an address that a 16-byte access forbids
 
 
@@ -123,7 +124,7 @@ class Call:
         if lane.status.state:
             lane.pulse.check()
         stream = torch._C._cuda_getCurrentRawStream(lane.index)
-        captured = torch._C._cuda_isCurrentStreamCapturing()
+        captured = stream != _DEFAULT_STREAM and torch._C._cuda_isCurrentStreamCapturing()
         if stream != lane.last_stream:
             lane.follow(stream, captured)
         if captured is not self._captured:
