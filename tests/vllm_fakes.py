@@ -71,6 +71,9 @@ class Ours:
         norm.copy_(results[0])
         total.copy_(results[1])
 
+    def on_death(self, tell: Any) -> None:
+        self.tell = tell
+
     def close(self) -> None:
         self.calls.append("close")
 

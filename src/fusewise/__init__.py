@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fusewise.backends.native.fp8 import Fp8 as Fp8
     from fusewise.errors import FusewiseError as FusewiseError
     from fusewise.graph.api import compile as compile
     from fusewise.graph.api import fusion_pass as fusion_pass
@@ -21,6 +22,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "Communicator": "fusewise.run.operators",  # brings the torch operators along
+    "Fp8": "fusewise.backends.native.fp8",
     "FusewiseError": "fusewise.errors",
     "Profile": "fusewise.profiles.schema",
     "Shape": "fusewise.shape",
@@ -31,6 +33,7 @@ _HOMES = {
 
 __all__ = [
     "Communicator",
+    "Fp8",
     "FusewiseError",
     "Profile",
     "Shape",

@@ -1,4 +1,4 @@
-"""The native backends on two ranks, a GPU each or sharing one: bits, graphs, dead peers."""
+"""The native backends on two ranks, a GPU each or sharing one: bits, graphs, memory."""
 
 from __future__ import annotations
 
@@ -195,34 +195,6 @@ def _streams(rank: int) -> str:
 
 def test_calls_on_changing_streams() -> None:
     assert run_ranks(_streams, WORLD, device="cuda", timeout_s=100.0) == ["ok", "ok"]
-
-
-def _missing(rank: int) -> str:
-    """Rank 1 makes no call: rank 0 names it, gives NaN and refuses from then on."""
-    from fusewise.errors import RankTimeoutError
-    from fusewise.shape import Shape
-
-    backend = _backend(timeout_s=20.0)
-    backend.group.timeout_s = 2.0
-    x, *_ = _operands(backend, Shape(4, 2048), 2, whole=True)
-    said = ""
-    if rank == 0:
-        out = backend.all_reduce(x)
-        torch.cuda.synchronize()
-        assert out.isnan().all()
-        try:
-            backend.all_reduce(x)
-        except RankTimeoutError as error:
-            said = str(error)
-    backend.group.timeout_s = 20.0
-    backend.group.barrier("rank 0 has waited")
-    backend.close()
-    return said
-
-
-def test_a_missing_rank_is_named_within_the_bound() -> None:
-    said, _ = run_ranks(_missing, WORLD, device="cuda", timeout_s=100.0)
-    assert "for rank 1" in said and "rank 0 waited at row" in said
 
 
 def _one_fails(rank: int, step: str) -> str:

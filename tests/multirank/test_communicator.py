@@ -13,6 +13,7 @@ from fusewise import Communicator
 from fusewise.errors import (
     FusewiseError,
     InputError,
+    RankTimeoutError,
     UnavailableError,
 )
 from fusewise.operation import ALL_REDUCE_RMS_NORM
@@ -74,6 +75,27 @@ def test_sums_of_integers_are_exact() -> None:
     assert [found["integers"] for found in numbers()] == [[True, True]] * 2
 
 
+def _after_a_death(comm: Communicator, x: torch.Tensor) -> str:
+    """What a call says that runs elsewhere, once the watchdog told of a backend of its group."""
+    backend: Any = comm._paths.backends["gloo"]
+    error = RankTimeoutError("a kernel waited in vain")
+
+    def check() -> None:
+        raise error
+
+    comm.all_reduce(x)
+    backend.check = check
+    comm._runs.die(error)
+    try:
+        comm.all_reduce(x)
+    except RankTimeoutError as raised:
+        return str(raised)
+    finally:
+        del backend.check
+        comm._runs._dead = False
+    return "nothing"
+
+
 def _behaviour(rank: int) -> dict[str, Any]:
     found: dict[str, Any] = {}
     comm = Communicator(profile=node_profile())
@@ -98,6 +120,7 @@ def _behaviour(rank: int) -> dict[str, Any]:
     torch.library.opcheck(ops.all_reduce.default, (x, name), **how)
     arguments = (x, None, weight, 1e-6, 0.0, name)
     found["opcheck"] = torch.library.opcheck(ops.all_reduce_rms_norm.default, arguments, **how)
+    found["dead"] = _after_a_death(comm, x)
     found["beyond"] = comm.decide("all_reduce_rms_norm", rows_of_64(1_000_000)).path
     comm.close()
     comm.close()
@@ -144,6 +167,10 @@ def test_beyond_what_was_measured_the_baseline_runs() -> None:
 
 def test_an_operator_without_its_communicator_says_what_to_create() -> None:
     assert "Create fusewise.Communicator(group)" in behaviour()[0]["unregistered"]
+
+
+def test_after_a_death_calls_on_every_path_say_so() -> None:
+    assert [found["dead"] for found in behaviour()] == ["a kernel waited in vain"] * 2
 
 
 def test_a_closed_communicator_says_so() -> None:

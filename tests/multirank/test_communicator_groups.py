@@ -63,7 +63,7 @@ def _profiles(rank: int) -> dict[str, Any]:
     with Communicator(without=["shm"], profile=profile) as comm:
         x = torch.randn(2, 64, dtype=torch.bfloat16)
         comm.all_reduce_rms_norm(x, None, x[0])
-        found["without"] = sorted(comm._backends)
+        found["without"] = sorted(comm._paths.backends)
         found["without path"] = comm.decide("all_reduce_rms_norm", rows_of_64(1)).path
     missing = profile.model_dump()
     for path in missing["paths"]:

@@ -157,10 +157,11 @@ def _gradients(rank: int, communicator: Any) -> dict[str, Any]:
         "all_reduce_rms_norm": lambda: torch.ops.fusewise.all_reduce_rms_norm(
             x, r, torch.ones(H), 1e-6, 0.0, communicator.handle
         ),
+        "traced": lambda: torch.compile(communicator.all_reduce, backend="aot_eager")(x),
     }.items():
         try:
             call()
-        except InputError as refused:
+        except (InputError, torch._dynamo.exc.TorchRuntimeError) as refused:
             results[name] = str(refused)
     fusion = fusewise.fusion_pass(communicator=communicator)
     model = Tail(1e-6)
@@ -280,7 +281,7 @@ def test_a_graph_keeps_its_communicator(ranks: list[dict[str, Any]]) -> None:
 
 def test_gradients_are_refused_and_training_is_left_alone(ranks: list[dict[str, Any]]) -> None:
     for rank in ranks:
-        for name in ("all_reduce", "all_reduce_rms_norm"):
+        for name in ("all_reduce", "all_reduce_rms_norm", "traced"):
             assert "have no gradient" in rank["gradients"][name]
         choices, difference = rank["gradients"]["training"]
         assert choices == ["leave", "leave"]  # forward and backward

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import ctypes
+import threading
 import types
 from typing import Any
 
@@ -11,18 +13,20 @@ import torch
 
 from fusewise.backends.base import select_variant
 from fusewise.backends.native import backend as native_base
+from fusewise.backends.native.calls import Lane
+from fusewise.backends.native.cuda import launch
 from fusewise.backends.native.cuda.launch import Kernels
+from fusewise.backends.native.cuda.params import OneShotParams, TwoShotParams
 from fusewise.backends.native.fp8 import Fp8
 from fusewise.backends.native.strategies import OneShot, TwoShot
+from fusewise.backends.native.watchdog import REPLAY_TIMEOUT
 from fusewise.errors import InputError, RankTimeoutError, UnavailableError
 from fusewise.node import Fingerprint
 from fusewise.shape import Shape
-from tests.groups import MirrorGroup
+from tests.groups import BOUND_S, MirrorGroup
 from tests.unit.test_workspace import Host
 
 pytest.importorskip("cuda.core", reason='needs pip install "fusewise[cuda]"')
-
-STREAM = 0
 
 
 class Driver:
@@ -37,26 +41,30 @@ class Driver:
         self.loads: list[Any] = []
         facts = types.SimpleNamespace(major=sm // 10, minor=sm % 10, multi_processor_count=132)
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: facts)
-        monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda i: STREAM, raising=False)
+        self.capturing, self.stream = False, 0
+        monkeypatch.setattr(
+            torch._C, "_cuda_getCurrentRawStream", lambda index: self.stream, raising=False
+        )
+        monkeypatch.setattr(
+            torch._C, "_cuda_isCurrentStreamCapturing", lambda: self.capturing, raising=False
+        )
         monkeypatch.setattr(Kernels, "load", self.load)
         monkeypatch.setattr(
             driver, "cuOccupancyMaxActiveBlocksPerMultiprocessor", lambda *a: (self.answer, 4)
         )
-        monkeypatch.setattr(driver, "cuLaunchKernelEx", self.launch)
+        monkeypatch.setattr(launch, "driver_launch", lambda: self.launch)
 
     def load(self, instance: Any) -> Any:
         self.loads.append(instance)
         return types.SimpleNamespace(handle=1)
 
-    def launch(self, config: Any, function: Any, arguments: int, extra: int) -> tuple[Any]:
-        import ctypes
-
+    def launch(self, config: int, function: int, arguments: int, extra: None) -> int:
         address = ctypes.c_void_p.from_address(arguments).value
         assert address is not None
-        kind = type(self.backend._launches[next(iter(self.backend._launches))].parameters)
+        kind = OneShotParams if isinstance(self.backend, OneShot) else TwoShotParams
         self.launches.append(copy.copy(kind.from_address(address)))
-        self.grids.append(config.gridDimX)
-        return (self.answer,)
+        self.grids.append(ctypes.c_uint32.from_address(config).value)  # gridDimX comes first
+        return int(self.answer)
 
     backend: Any
 
@@ -125,7 +133,7 @@ def test_a_call_without_residual_sends_none_after_one_with(monkeypatch: pytest.M
     backend.all_reduce_rms_norm(rows(), None, rows(1).view(-1), 1e-6)
     assert driver.launches[0].residual != 0
     assert driver.launches[1].residual == 0
-    assert len(backend._launches) == 1
+    assert len(backend._calls) == 1
 
 
 def test_a_plain_sum_writes_to_its_result(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -222,12 +230,32 @@ def test_one_shot_stops_where_staging_outgrows_it(
     assert backend.admits(Shape(2 * tokens, 2048)) is not None
 
 
-def test_a_misaligned_tensor_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_misaligned_tensors_are_copied(monkeypatch: pytest.MonkeyPatch) -> None:
     backend, driver = built(monkeypatch)
-    x = torch.zeros(3 * 2048 + 1, dtype=torch.bfloat16)[1:].view(3, 2048)
-    with pytest.raises(InputError, match="not aligned"):
-        backend.all_reduce(x)
-    assert not driver.launches
+    flat = torch.zeros(3 * 2048 + 1, dtype=torch.bfloat16)
+    x, aligned, weight = flat[1:].view(3, 2048), rows(), rows(1).view(-1)
+    backend.all_reduce(x)
+    for operands in ((x, aligned, weight), (aligned, x, weight), (aligned, None, flat[1:2049])):
+        backend.all_reduce_rms_norm(*operands, 1e-6)
+    assert len(driver.launches) == 4
+    for sent in driver.launches:
+        addresses = sent.x, sent.residual or 0, sent.weight or 0
+        assert all(address % 16 == 0 for address in addresses)
+        assert not set(addresses) & {x.data_ptr(), flat[1:2049].data_ptr()}
+
+
+def test_a_prepared_call_takes_its_rows_in_any_number_of_dimensions(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    backend, driver = built(monkeypatch)
+    run = backend.prepared("all_reduce_rms_norm", Shape(6, 2048))
+    x, weight = rows(6).view(2, 3, 2048), rows(1).view(-1)
+    norm, total = run(x, x, weight, 1e-6, 0.0)
+    assert norm.shape == total.shape == (2, 3, 2048)
+    assert (driver.launches[0].num_tokens, driver.launches[0].x) == (6, x.data_ptr())
+    assert backend.prepared("all_reduce", Shape(6, 2048))(x).shape == (2, 3, 2048)
+    with pytest.raises(InputError, match="no multiple of 8"):
+        backend.prepared("all_reduce", Shape(6, 2044))
 
 
 def test_after_a_time_out_every_call_says_who_was_missing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -238,12 +266,33 @@ def test_after_a_time_out_every_call_says_who_was_missing(monkeypatch: pytest.Mo
         backend.all_reduce(rows())
 
 
+def test_a_time_out_of_a_replay_is_told_without_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    backend, _ = built(monkeypatch)
+    heard = threading.Event()
+    backend.on_death(lambda error: heard.set())
+    backend._workspace.status[:5] = torch.tensor([1, 0, 17, 1, 1], dtype=torch.int32)
+    assert heard.wait(BOUND_S)
+    backend.close()
+
+
+def test_captured_calls_have_the_bound_of_replays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(REPLAY_TIMEOUT, "0.25")
+    monkeypatch.setattr(Lane, "follow", lambda lane, stream, captured: None)
+    backend, driver = built(monkeypatch)
+    driver.stream = 7
+    for captured in (False, True, True, False):
+        driver.capturing = captured
+        backend.all_reduce(rows())
+    bounds = [sent.group.timeout_ns for sent in driver.launches]
+    assert bounds == [5_000_000_000, 250_000_000, 250_000_000, 5_000_000_000]
+
+
 def test_a_refused_launch_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     from cuda.bindings import driver as bindings
 
     backend, driver = built(monkeypatch)
     driver.answer = bindings.CUresult.CUDA_ERROR_INVALID_VALUE
-    backend._launches.clear()
+    backend._calls.clear()
     with pytest.raises(UnavailableError, match="CUDA_ERROR_INVALID_VALUE"):
         backend.all_reduce(rows())
 
@@ -278,10 +327,14 @@ def test_fp8_outputs_are_of_their_shapes(
     assert (sent.out != 0) is keep_norm is (result.norm is not None)
 
 
-def test_fp8_needs_sm_89_and_the_right_scale(monkeypatch: pytest.MonkeyPatch) -> None:
-    old, _ = built(monkeypatch, sm=80)
-    with pytest.raises(UnavailableError, match="sm_89"):
-        old.all_reduce_rms_norm_fp8(rows(), None, rows(1).view(-1), 1e-6, Fp8("token"))
-    new, _ = built(monkeypatch, sm=89)
-    with pytest.raises(InputError, match="static_scale"):
-        new.all_reduce_rms_norm_fp8(rows(), None, rows(1).view(-1), 1e-6, Fp8("static"))
+def test_fp8_in_the_kernel_needs_sm_89_and_everywhere_the_right_scale(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for sm, output in ((80, "kNorm"), (89, "kTokenFp8")):
+        backend, driver = built(monkeypatch, sm=sm)
+        operands = rows(), None, rows(1).view(-1), 1e-6
+        result = backend.all_reduce_rms_norm_fp8(*operands, Fp8("token"))
+        assert driver.loads[-1].output == output
+        assert (result.quantised.dtype, result.norm) == (torch.float8_e4m3fn, None)
+        with pytest.raises(InputError, match="static_scale"):
+            backend.all_reduce_rms_norm_fp8(*operands, Fp8("static"))

@@ -10,6 +10,7 @@ import torch
 from fusewise.backends.norm import residual_rms_norm
 from fusewise.engines.vllm.dispatch import VllmSettings
 from fusewise.engines.vllm.router import choices_here, full_cap
+from fusewise.errors import RankTimeoutError
 from fusewise.profiles.plan import derive
 from tests.vllm_fakes import HIDDEN, MIB, World, fused_call, tp2_profile
 
@@ -154,3 +155,15 @@ def test_a_misaligned_tensor_costs_a_copy_and_not_the_kernel(world: World, name:
     assert world.ours.calls == ["copied", "in place"]
     assert torch.equal(call["norm_out"], aligned["norm_out"])
     assert torch.equal(call["residual_out"], aligned["residual_out"])
+
+
+def test_a_dead_group_ends_the_worker_with_the_message(
+    world: World, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    ended: list[int] = []
+    monkeypatch.setattr("os._exit", ended.append)
+    monkeypatch.setattr("logging.shutdown", lambda: None)
+    with caplog.at_level("CRITICAL", "vllm.plugins.fusewise"):
+        world.ours.tell(RankTimeoutError("rank 0 waited at row 17 for rank 1"))
+    assert ended == [RankTimeoutError.exit_code]
+    assert "this worker ends: rank 0 waited at row 17 for rank 1" in caplog.text

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
@@ -19,10 +19,12 @@ from fusewise.profiles.schema import Numerics, PathRecord
 from fusewise.shape import Shape
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from torch import Tensor
 
+    from fusewise.backends.native.fp8 import Fp8, Fp8Result
+    from fusewise.errors import RankTimeoutError
     from fusewise.node import Fingerprint
     from fusewise.ranks.group import Group
 
@@ -100,6 +102,43 @@ class Backend(ABC):
         """
         return residual_rms_norm(self.all_reduce(x), residual, weight, eps, weight_bias)
 
+    def all_reduce_rms_norm_fp8(
+        self,
+        x: Tensor,
+        residual: Tensor | None,
+        weight: Tensor,
+        eps: float,
+        fp8: Fp8,
+        weight_bias: float = 0.0,
+        static_scale: Tensor | None = None,
+    ) -> Fp8Result:
+        """As ``all_reduce_rms_norm``, with the norm quantised to FP8 e4m3.
+
+        The quantised values equal ``native.fp8.quantise`` of the norm, which most backends call.
+
+        Args:
+            x, residual, weight, eps, weight_bias: as ``all_reduce_rms_norm``.
+            fp8: how to scale, and whether the norm is wanted too.
+            static_scale: one fp32 number on the device, with ``scaling="static"`` only.
+
+        Raises:
+            InputError: the scale does not fit ``fp8``.
+        """
+        norm, total = self.all_reduce_rms_norm(x, residual, weight, eps, weight_bias)
+        return fp8.result_of(norm, total, static_scale)
+
+    def prepared(self, op: Op, shape: Shape) -> Callable[..., Any] | None:
+        """``all_reduce`` or ``all_reduce_rms_norm`` for one shape, with everything looked up.
+
+        What it returns takes contiguous tensors of that many rows in any number of dimensions, its
+        ``weight_bias`` always given, and serves as long as the backend is open. None where there is
+        nothing to prepare.
+
+        Raises:
+            InputError: the backend does not admit the shape.
+        """
+        return None
+
     def variants(self, shape: Shape) -> tuple[str, ...]:
         """Names of configurations worth measuring beside the default at this shape."""
         return ()
@@ -132,6 +171,11 @@ class Backend(ABC):
 
     def check(self) -> None:  # noqa: B027  most fail in the call itself
         """Raises RankTimeoutError if a kernel gave up waiting, also one of a replayed graph."""
+
+    def on_death(  # noqa: B027  most have no kernel that can wait in vain
+        self, tell: Callable[[RankTimeoutError], None]
+    ) -> None:
+        """Calls ``tell`` once, from another thread, when ``check`` would raise; replays too."""
 
     def close(self) -> None:  # noqa: B027  most own nothing
         """Gives back every buffer and handle. Collective; safe to call twice."""

@@ -25,6 +25,7 @@ _SWITCHES = (
     "FUSEWISE_STRICT",
     "FUSEWISE_CAP",
     "FUSEWISE_VLLM",
+    "FUSEWISE_REPLAY_TIMEOUT_S",
 )
 _BACKENDS = (
     Column("backend", "backend"),

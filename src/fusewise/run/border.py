@@ -1,9 +1,13 @@
 """The border of a call: tensors are checked and made usable once, here, and nowhere below.
 
-On the hot path of every eager call, so it makes no view and no copy that is not needed.
+``rows_of`` copies or refuses; ``ready`` only looks, and ``like_these`` makes a look that costs a
+tenth of it, for tensors that come again with the properties of those before.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +17,46 @@ from fusewise.errors import InputError
 
 ROWS = 2  # dimensions: what backends take
 ALIGNMENT = 16  # bytes: the widest vector a kernel loads
+
+
+def like_these(*tensors: Tensor) -> Callable[..., bool]:
+    """A look in C++: whether tensors have the type, dtype, device, sizes, strides, dispatch keys
+    and ``requires_grad`` of these.
+
+    Dynamo's own guard, read in torch 2.11.0 and 2.13.0; where it is another, ``ready`` looks.
+    """
+    try:
+        from torch._C._dynamo.guards import TensorGuards
+
+        sizes: list[Any] = [list(t.shape) for t in tensors]
+        strides: list[Any] = [list(t.stride()) for t in tensors]
+        guards = TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
+        check: Callable[..., bool] = guards.check
+    except (ImportError, AttributeError, TypeError):
+        return unknown
+    return check
+
+
+def unknown(*tensors: Tensor) -> bool:
+    """The look of one who remembers nothing."""
+    return False
+
+
+def ready(x: Tensor, residual: Tensor | None, weight: Tensor | None, here: torch.device) -> bool:
+    """Whether kernels take these tensors as they are: here, contiguous, fitting ``x`` (of a dtype
+    that was run before), and without a gradient to record. Addresses are the kernels' business."""
+    tensors = [x]
+    if weight is not None:
+        if weight.ndim != 1 or weight.shape != x.shape[-1:]:
+            return False
+        tensors.append(weight)
+    if residual is not None:
+        if residual.shape != x.shape:
+            return False
+        tensors.append(residual)
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        return False
+    return all(t.dtype == x.dtype and t.device == here and t.is_contiguous() for t in tensors)
 
 
 def rows_of(x: Tensor, name: str, device: torch.device) -> Tensor:
@@ -32,10 +76,27 @@ def usable(x: Tensor, name: str, device: torch.device) -> Tensor:
             got=f"{x.dtype} of shape {tuple(x.shape)} on {x.device}",
         )
     if x.requires_grad and torch.is_grad_enabled():
-        raise InputError(f"{name} needs a gradient", hint="Call this under torch.no_grad().")
-    if not x.is_contiguous():
-        x = x.contiguous()
+        raise no_gradient(name)
+    return aligned(x if x.is_contiguous() else x.contiguous())
+
+
+def on_aligned(call: Callable[..., Any]) -> Callable[..., Any]:
+    """``call`` for tensors at any address."""
+    return lambda *given: call(*(aligned(g) if isinstance(g, Tensor) else g for g in given))
+
+
+def aligned(x: Tensor) -> Tensor:
+    """At an address that a kernel's widest access allows; a copy where it is not."""
     return x.clone() if x.data_ptr() % ALIGNMENT else x
+
+
+def no_gradient(name: str) -> InputError:
+    """The error for a tensor by that name that would record one."""
+    return InputError(
+        "fusewise's operations have no gradient",
+        got=f"{name} that requires one",
+        hint="Call this under torch.no_grad() or torch.inference_mode().",
+    )
 
 
 def mismatch(name: str, got: Tensor, shape: torch.Size, dtype: torch.dtype) -> InputError:

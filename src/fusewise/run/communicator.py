@@ -1,45 +1,41 @@
 """Runs what the plan says: ``Communicator(group).all_reduce_rms_norm(x, residual, weight)``.
 
 Rank 0 finds the profile and derives the plan; every rank receives it and all compare its digest
-before the first message. Backends are built once, by vote: one that fails on any rank is left out
-on all, and its sizes go to the baseline. After that a call is one dictionary lookup.
+before the first message. After that a call is one dictionary lookup, a look at its tensors, and
+what the backend prepared for the shape.
 """
 
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, overload
 
 import torch
+from torch.compiler import is_compiling
 
-from fusewise.backends.base import select_variant, shape_of
+from fusewise.backends.native.fp8 import Fp8, Fp8Result, check_static_scale
 from fusewise.backends.norm import residual_rms_norm
-from fusewise.backends.registry import all_ids, baseline_id, select
-from fusewise.backends.steps import build_backend
-from fusewise.errors import InputError, UnavailableError
-from fusewise.operation import Op, backend_of, unfused_path
+from fusewise.backends.registry import select
+from fusewise.errors import InputError
+from fusewise.operation import Op
 from fusewise.profiles.bands import Band, Plan
 from fusewise.profiles.schema import Profile
-from fusewise.ranks.agreement import agreed_plans, fingerprint_of
+from fusewise.ranks.agreement import fingerprint_of
 from fusewise.ranks.group import Group
 from fusewise.run import registry
 from fusewise.run.border import ROWS, mismatch, rows_of, usable
+from fusewise.run.paths import Paths
+from fusewise.run.runs import Runs
 from fusewise.shape import Shape
 
 if TYPE_CHECKING:
     from torch import Tensor
     from torch.distributed import ProcessGroup
 
-    from fusewise.backends.base import Backend
-
-log = logging.getLogger("fusewise")
-
 _MAX_MESSAGE_BYTES = 64 * 2**20  # where the published engine tables end
 _MAX_HIDDEN_SIZE = 8192
-_MAX_ROUTES = 100_000  # decisions kept; one per shape seen
 
 
 class Communicator:
@@ -85,20 +81,12 @@ class Communicator:
         self.group.agree(
             "settings", [self.group.name, sorted(excluded), max_message_bytes, max_hidden_size]
         )
-        self._baseline = baseline_id(self.node.kind)
-        default = unfused_path(self._baseline)
-        self.plans, self.source = agreed_plans(self.group, self.node, profile, default, excluded)
         tokens = max(1, max_message_bytes // (2 * max_hidden_size))
-        self._max_shape = Shape(tokens, max_hidden_size, "bfloat16")
-        self._backends: dict[str, Backend] = {}
-        self._routes: dict[tuple[Op, torch.Size, torch.dtype, bool, bool], Backend] = {}
-        self._told: set[str] = set()
-        while self.group.world_size > 1 and (failed := self._build(excluded)):
-            # The best of the others takes the sizes of those that cannot be built.
-            excluded |= failed
-            self.plans, self.source = agreed_plans(
-                self.group, self.node, profile, default, excluded
-            )
+        max_shape = Shape(tokens, max_hidden_size, "bfloat16")
+        self._paths = Paths(self.group, self.node, profile, excluded, max_shape)
+        self.plans, self.source = self._paths.plans, self._paths.source
+        self._device = self.group.device
+        self._runs = Runs(self._paths, self._device)
         self.handle = registry.new_handle(self)  # what compiled graphs call this one
 
     def activate(self) -> None:
@@ -109,27 +97,6 @@ class Communicator:
         """
         registry.activate(self)
 
-    def _build(self, excluded: set[str]) -> set[str]:
-        """Builds what the plans name and is missing; returns what failed, the same on all ranks."""
-        named = {backend_of(path) for plan in self.plans.values() for path in plan.paths()}
-        failures: set[str] = set()
-        for backend_id in [self._baseline, *sorted(named - {self._baseline})]:
-            if backend_id in self._backends or backend_id in excluded - {self._baseline}:
-                continue
-            if backend_id not in all_ids():
-                self._tell(f"{self.source} names {backend_id}, which this version does not have")
-                failures.add(backend_id)
-                continue
-            backend, failed = build_backend(backend_id, self.group, self.node, self._max_shape)
-            if backend is not None:
-                self._backends[backend_id] = backend
-            elif backend_id == self._baseline:
-                raise UnavailableError(f"the baseline {backend_id} cannot be built", got=failed)
-            else:
-                self._tell(f"{backend_id} is disabled on all ranks: {failed}")
-                failures.add(backend_id)
-        return failures
-
     def all_reduce(self, x: Tensor) -> Tensor:
         """The sum of all ranks' ``x`` as a new tensor.
 
@@ -139,14 +106,31 @@ class Communicator:
         Raises:
             InputError: another dtype or device, or a tensor that needs a gradient.
         """
-        if torch.compiler.is_compiling():
+        if is_compiling():
             reduced: Tensor = torch.ops.fusewise.all_reduce(x, self._name_in_graph())
             return reduced
-        rows = rows_of(x, "x", self.group.device)
+        shape = x.shape
+        run = self._runs.get((shape, x.dtype))
+        if run is not None and (run.seen(x) or run.takes(x)):
+            summed: Tensor = run.call(x)
+            return summed
+        rows = rows_of(x, "x", self._device)
         if self.group.world_size == 1 or rows.numel() == 0:
             return x.clone(memory_format=torch.contiguous_format)
-        out = self._route("all_reduce", rows, False, False).all_reduce(rows)
-        return out if x.ndim == ROWS else out.view(x.shape)
+        summed = self._runs.of("all_reduce", x, rows).call(rows)
+        return summed if x.ndim == ROWS else summed.view(shape)
+
+    @overload
+    def all_reduce_rms_norm(
+        self, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float = ...,
+        weight_bias: float = ..., fp8: None = ..., static_scale: None = ...,
+    ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+
+    @overload
+    def all_reduce_rms_norm(
+        self, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float = ...,
+        weight_bias: float = ..., *, fp8: Fp8, static_scale: Tensor | None = ...,
+    ) -> Fp8Result: ...  # fmt: skip
 
     def all_reduce_rms_norm(
         self,
@@ -155,7 +139,9 @@ class Communicator:
         weight: Tensor,
         eps: float = 1e-6,
         weight_bias: float = 0.0,
-    ) -> tuple[Tensor, Tensor]:
+        fp8: Fp8 | None = None,
+        static_scale: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor] | Fp8Result:
         """``s = all_reduce(x) + residual``; returns ``(rms_norm(s) · (weight + weight_bias), s)``.
 
         Args:
@@ -164,39 +150,87 @@ class Communicator:
             weight: [hidden_size], the same dtype.
             eps: added to the mean square.
             weight_bias: 1.0 for Gemma's ``1 + weight``.
+            fp8: quantise the norm, in the same kernel where the plan's path is one of ours.
+            static_scale: one fp32 number on the device, with ``Fp8("static")`` only.
 
         Returns:
-            Two new tensors like ``x``, bit-identical on all ranks.
+            Two new tensors like ``x``, bit-identical on all ranks; with ``fp8`` an ``Fp8Result``,
+            whose scales have the leading dimensions of ``x``.
 
         Raises:
-            InputError: shapes, dtypes or devices do not fit together.
+            InputError: shapes, dtypes or devices do not fit together, or the scale not ``fp8``.
         """
-        if torch.compiler.is_compiling():
+        if fp8 is not None:
+            return self._quantised(x, residual, weight, eps, weight_bias, fp8, static_scale)
+        if static_scale is not None:
+            raise InputError("a static_scale without fp8", expected="fp8=Fp8('static')")
+        if is_compiling():
             both: tuple[Tensor, Tensor] = torch.ops.fusewise.all_reduce_rms_norm(
                 x, residual, weight, eps, weight_bias, self._name_in_graph()
             )
             return both
-        rows = rows_of(x, "x", self.group.device)
+        shape = x.shape
+        bare, biased = residual is None, weight_bias != 0.0
+        run = self._runs.get((shape, x.dtype, bare, biased))
+        if run is not None and (
+            (run.seen(x, weight) if bare else run.seen(x, weight, residual))
+            or run.takes(x, weight, residual)
+        ):
+            results: tuple[Tensor, Tensor] = run.call(x, residual, weight, eps, weight_bias)
+            return results
+        rows, residual, weight = self._usable(x, residual, weight)
+        if self.group.world_size == 1 or rows.numel() == 0:
+            out, total = _alone(rows, residual, weight, eps, weight_bias)
+        else:
+            run = self._runs.of("all_reduce_rms_norm", x, rows, bare, biased)
+            out, total = run.call(rows, residual, weight, eps, weight_bias)
+        return (out, total) if x.ndim == ROWS else (out.view(shape), total.view(shape))
+
+    def _quantised(
+        self,
+        x: Tensor,
+        residual: Tensor | None,
+        weight: Tensor,
+        eps: float,
+        weight_bias: float,
+        fp8: Fp8,
+        static_scale: Tensor | None,
+    ) -> Fp8Result:
+        """``all_reduce_rms_norm`` with ``fp8``, by the backend that the plan names for the norm."""
+        if is_compiling():
+            quantised, scales, total, norm = torch.ops.fusewise.all_reduce_rms_norm_fp8(
+                x, residual, weight, eps, weight_bias, fp8.scaling, static_scale, fp8.keep_norm,
+                self._name_in_graph(),
+            )  # fmt: skip
+            scales = scales if static_scale is None else static_scale
+            return Fp8Result(quantised, scales, total, norm if fp8.keep_norm else None)
+        check_static_scale(fp8, static_scale, self._device)
+        kind = residual is None, weight_bias != 0.0
+        rows, residual, weight = self._usable(x, residual, weight)
+        if self.group.world_size == 1 or rows.numel() == 0:
+            alone = _alone(rows, residual, weight, eps, weight_bias)
+            result = fp8.result_of(*alone, static_scale)
+        else:
+            call = self._runs.of("all_reduce_rms_norm", x, rows, *kind, True).call
+            result = call(rows, residual, weight, eps, fp8, weight_bias, static_scale)
+        return result if x.ndim == ROWS else result.in_shape(x.shape)
+
+    def _usable(
+        self, x: Tensor, residual: Tensor | None, weight: Tensor
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        """The operands as kernels take them; copies where they must be, an error where none can."""
+        rows = rows_of(x, "x", self._device)
         if residual is not None:
             if residual.shape != x.shape or residual.dtype != x.dtype:
                 raise mismatch("residual", residual, x.shape, x.dtype)
-            residual = rows_of(residual, "residual", self.group.device)
+            residual = rows_of(residual, "residual", self._device)
         if weight.ndim != 1 or weight.numel() != rows.shape[1] or weight.dtype != x.dtype:
             raise mismatch("weight", weight, rows.shape[1:], x.dtype)
-        weight = usable(weight, "weight", self.group.device)
-        if self.group.world_size == 1 or rows.numel() == 0:
-            out, total = residual_rms_norm(rows, residual, weight, eps, weight_bias)
-            total = total.clone() if residual is None else total
-        else:
-            backend = self._route("all_reduce_rms_norm", rows, residual is None, weight_bias != 0.0)
-            out, total = backend.all_reduce_rms_norm(rows, residual, weight, eps, weight_bias)
-        if x.ndim == ROWS:
-            return out, total
-        return out.view(x.shape), total.view(x.shape)
+        return rows, residual, usable(weight, "weight", self._device)
 
     def decide(self, op: Op, shape: Shape) -> Band:
         """The band that answers for a shape, as the plan has it (``explain`` prints the same)."""
-        return self.plans[shape.dtype].band_at(op, shape.hidden_size, shape.message_bytes)
+        return self._paths.decide(op, shape)
 
     @contextlib.contextmanager
     def capture(self) -> Iterator[None]:
@@ -205,79 +239,32 @@ class Communicator:
         Collective at exit, also when the capture failed. A graph captured outside of it is right
         too; backends that would read peers' tensors in place then copy into their own buffer.
         """
-        with contextlib.ExitStack() as stack:
-            for backend in self._backends.values():
-                stack.enter_context(backend.capture())
+        with self._paths.capture():
             yield
 
     def check(self) -> None:
         """Asks every backend whether a kernel gave up waiting for a peer; costs no synchronisation.
 
-        Calls ask by themselves. Replays of a CUDA graph pass by this class: ask after them.
+        Calls ask by themselves, and a watchdog logs it, also where only graphs are replayed; a
+        replay itself cannot raise.
 
         Raises:
             RankTimeoutError: names the rank that waited and the one that did not come.
         """
-        for backend in self._backends.values():
-            backend.check()
+        self._paths.check()
 
     def _name_in_graph(self) -> str:
         """The handle; in an exported program the group's name, which other processes know."""
         return self.group.name if torch.compiler.is_exporting() else self.handle
 
-    def _route(self, op: Op, rows: Tensor, bare: bool, biased: bool) -> Backend:
-        key = (op, rows.shape, rows.dtype, bare, biased)
-        found = self._routes.get(key)
-        if found is None:
-            if len(self._routes) >= _MAX_ROUTES:
-                self._routes.clear()
-            found = self._routes[key] = self._choose(op, shape_of(rows), bare, biased)
-        return found
-
-    def _choose(self, op: Op, shape: Shape, bare: bool, biased: bool) -> Backend:
-        if not self._backends:
-            raise UnavailableError("this communicator is closed", hint="Create a new one.")
-        band = self.decide(op, shape)
-        backend = self._backends.get(backend_of(band.path))
-        if backend is None:
-            return self._backends[self._baseline]
-        refused = backend.admits(shape)
-        if op == "all_reduce" and not backend.plain:
-            refused = "it offers no plain all_reduce"
-        elif op == "all_reduce_rms_norm" and bare and not backend.takes_no_residual:
-            refused = "it needs a residual"
-        elif op == "all_reduce_rms_norm" and biased and not backend.takes_weight_bias:
-            refused = "it takes no weight bias"
-        if refused:
-            self._tell(f"{band.path} does not take {shape}: {refused}; {self._baseline} runs")
-            return self._backends[self._baseline]
-        if reason := select_variant(backend, op, shape, band.path):
-            self._tell(f"{band.path} at {shape}: {reason}; {backend.id} runs")
-        return backend
-
-    def _tell(self, message: str) -> None:
-        """One warning per message, from the group's first rank."""
-        if message not in self._told:
-            self._told.add(message)
-            if self.group.rank == 0:
-                log.warning("%s: %s", self.group, message)
-
     def close(self) -> None:
         """Closes every backend on all ranks, then raises the first error. Safe to call twice."""
-        errors: list[Exception] = []
-        for backend in self._retire():
-            try:
-                backend.close()
-            except Exception as error:  # the other backends' buffers must still be given back
-                errors.append(error)
-        if errors:
-            raise errors[0]
+        self._forget()
+        self._paths.close()
 
-    def _retire(self) -> list[Backend]:
-        backends, self._backends = list(self._backends.values()), {}
-        self._routes.clear()
+    def _forget(self) -> None:
+        self._runs.clear()
         registry.retire(self)
-        return backends
 
     def __enter__(self) -> Communicator:
         return self
@@ -287,4 +274,13 @@ class Communicator:
         if kind is None:
             self.close()
         else:
-            self._retire()
+            self._forget()
+            self._paths.retire()
+
+
+def _alone(
+    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, weight_bias: float
+) -> tuple[Tensor, Tensor]:
+    """What a group of one computes, and any group of an empty message: new tensors."""
+    norm, total = residual_rms_norm(x, residual, weight, eps, weight_bias)
+    return norm, total.clone() if residual is None else total

@@ -17,6 +17,7 @@ FP8_MAX = 448.0  # the largest finite e4m3
 MIN_SCALE = 1.0 / (FP8_MAX * 512.0)  # vLLM's floor for a token's scale
 MIN_LARGEST = 1e-10  # vLLM's floor for a group's largest magnitude
 GROUP = 128  # elements of one group
+ROWS = 2  # dimensions: of scales that belong to rows
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,13 @@ class Fp8:
             return (1,)
         return (num_tokens, 1 if self.scaling == "token" else -(-hidden_size // GROUP))
 
+    def result_of(
+        self, norm: Tensor, residual_out: Tensor, static_scale: Tensor | None
+    ) -> Fp8Result:
+        """What a fused call would have written, from a norm [num_tokens, hidden_size]."""
+        quantised, scales = quantise(norm, self, static_scale)
+        return Fp8Result(quantised, scales, residual_out, norm if self.keep_norm else None)
+
     def empty_result(self, x: Tensor, static_scale: Tensor | None) -> Fp8Result:
         """Uninitialised outputs for an input like ``x``."""
         scales = static_scale
@@ -77,6 +85,14 @@ class Fp8Result:
     scales: Tensor
     residual_out: Tensor
     norm: Tensor | None
+
+    def in_shape(self, shape: torch.Size) -> Fp8Result:
+        """The results of rows for an input of ``shape``; one scale for all stays as it is."""
+        scales = self.scales
+        if scales.ndim == ROWS:
+            scales = scales.view(*shape[:-1], scales.shape[1])
+        norm = None if self.norm is None else self.norm.view(shape)
+        return Fp8Result(self.quantised.view(shape), scales, self.residual_out.view(shape), norm)
 
 
 def check_static_scale(fp8: Fp8, static_scale: Tensor | None, device: torch.device) -> None:

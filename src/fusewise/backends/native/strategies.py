@@ -43,7 +43,7 @@ class _Varied(NativeBackend):
             shape, self.group.world_size, self._kernels.sm, "kNorm", GroupParams(), variant
         )  # refuses here, not in a call
         self._selected[op != "all_reduce", shape] = variant
-        self._launches.clear()
+        self._calls.clear()
 
 
 class OneShot(_Varied):

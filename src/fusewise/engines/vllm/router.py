@@ -9,10 +9,13 @@ ranks choose alike, is ``takeover.py``'s business.
 
 from __future__ import annotations
 
+import logging
+import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from fusewise.engines.vllm.dispatch import VllmSettings
+from fusewise.errors import FusewiseError
 from fusewise.operation import Op, all_reduce_of, is_unfused
 from fusewise.profiles.bands import Plan, Table
 from fusewise.profiles.plan import derive
@@ -23,6 +26,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from fusewise.backends.native.backend import NativeBackend
+
+log = logging.getLogger("vllm.plugins.fusewise")
 
 FUSED_OP: Op = "all_reduce_rms_norm"
 NATIVE, _FLASHINFER = "native.", "flashinfer."
@@ -104,6 +109,8 @@ class Router:
         self, native: Mapping[str, NativeBackend], plan: Plan, plain: Any, pattern: Any
     ) -> None:
         self.native, self.plan, self.plain, self.pattern = native, plan, plain, pattern
+        for kernel in native.values():
+            kernel.on_death(end_worker)
 
     def fused(self, original: Any, *args: Any, **kwargs: Any) -> Any:
         """In place of ``allreduce_fusion``; whatever we do not cover goes to ``original``."""
@@ -171,3 +178,14 @@ def _aligned(*tensors: Tensor) -> bool:
     """Whether the kernels can address them. Decides about copies only, never about the path:
     ranks may differ in it, and must still run the same kernel."""
     return all(tensor.data_ptr() % _ALIGNMENT == 0 for tensor in tensors)
+
+
+def end_worker(error: FusewiseError) -> None:
+    """Ends this process at once: from now on its group computes NaN, which must not be served.
+
+    From the watchdog's thread, because a worker that replays graphs makes no call of ours. vLLM
+    watches its workers and fails the engine when one ends.
+    """
+    log.critical("fusewise: this worker ends: %s", error)
+    logging.shutdown()  # flushes every handler
+    os._exit(error.exit_code)

@@ -1,14 +1,15 @@
 """Loading a cubin and launching it with as little Python per call as there can be.
 
-``cuLaunchKernelEx`` of ``cuda.bindings`` instead of ``cuda.core.launch``: the latter wraps torch's
-stream anew at every call. Everything a shape fixes is prepared once; a call writes a few pointers.
-Knows no protocol.
+Kernels are loaded and described through ``cuda.core`` and ``cuda.bindings``; a call goes to the
+driver's own ``cuLaunchKernelEx`` by ctypes, which makes no object. Everything a shape fixes is
+prepared once; a call writes a few pointers. Knows no protocol.
 """
 
 from __future__ import annotations
 
 import ctypes
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from fusewise.backends.native.cuda.build import cubin
@@ -16,7 +17,7 @@ from fusewise.backends.native.cuda.cubin_cache import CubinCache
 from fusewise.errors import UnavailableError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from fusewise.backends.native.variants import Instance, LaunchShape
 
@@ -103,21 +104,19 @@ class PreparedLaunch:
     The driver copies the parameters during the call, so they may be changed for the next one.
     """
 
-    __slots__ = ("_arguments", "_arguments_at", "_config", "_function", "_kernel", "_launch",
-                 "_make_stream", "_stream", "output", "parameters")  # fmt: skip
+    __slots__ = ("_arguments", "_arguments_at", "_config", "_config_at", "_function", "_kernel",
+                 "_launch", "_stream", "output", "parameters")  # fmt: skip
 
     def __init__(
         self, function: Any, config: Any, parameters: ctypes.Structure, kernel: Any
     ) -> None:
-        from cuda.bindings import driver
-
         self.parameters = parameters
         self.output: Any = getattr(parameters, "output", None)  # a view, made once
-        self._function, self._config = function, config
-        self._kernel = kernel  # keeps the loaded code alive
-        self._launch, self._make_stream = driver.cuLaunchKernelEx, driver.CUstream
+        self._function, self._kernel = int(function), kernel  # the kernel keeps its code loaded
+        self._config, self._config_at = config, config.getPtr()
         self._arguments = (ctypes.c_void_p * 1)(ctypes.addressof(parameters))
         self._arguments_at = ctypes.addressof(self._arguments)
+        self._launch = driver_launch()
         self._stream = -1
 
     def __call__(self, stream: int) -> None:
@@ -127,11 +126,26 @@ class PreparedLaunch:
             UnavailableError: the driver refused the launch.
         """
         if stream != self._stream:
-            self._config.hStream = self._make_stream(stream)
-            self._stream = stream
-        (status,) = self._launch(self._config, self._function, self._arguments_at, 0)
-        if status:
-            raise UnavailableError("the native kernel was not launched", got=str(status))
+            self._set_stream(stream)
+        if status := self._launch(self._config_at, self._function, self._arguments_at, None):
+            raise _refused("the native kernel was not launched", status)
+
+    def _set_stream(self, stream: int) -> None:
+        from cuda.bindings import driver
+
+        self._config.hStream = driver.CUstream(stream)
+        self._stream = stream
+
+
+@lru_cache(maxsize=1)
+def driver_launch() -> Callable[[int, int, int, None], int]:
+    """The driver's ``cuLaunchKernelEx(config, function, arguments, extra)``; returns a CUresult.
+
+    Releases the interpreter's lock: where a stream's queue is full, the call waits for the device.
+    """
+    found = ctypes.CDLL("libcuda.so.1").cuLaunchKernelEx  # loaded by torch long before
+    found.argtypes = (ctypes.c_void_p,) * 4
+    return found
 
 
 def _attributes(shape: LaunchShape, cooperative: bool) -> list[Any]:
@@ -161,8 +175,15 @@ def _attributes(shape: LaunchShape, cooperative: bool) -> list[Any]:
 def _checked(answer: tuple[Any, ...]) -> Any:
     status, *values = answer
     if status:
-        raise UnavailableError("the CUDA driver refused", got=str(status))
+        raise _refused("the CUDA driver refused", status)
     return values[0] if values else None
+
+
+def _refused(what: str, status: int) -> UnavailableError:
+    from cuda.bindings import driver
+
+    names = {int(one): one.name for one in driver.CUresult}
+    return UnavailableError(what, got=names.get(int(status), str(status)))
 
 
 @contextmanager
