@@ -197,17 +197,18 @@ def test_more_ranks_than_gpus_span_nodes() -> None:
     for ranks, nodes in [(2, 1), (3, 2), (4, 2), (8, 4)]:
         run_probe = [sys.executable, "-c", code, str(ranks)]
         done = subprocess.run(run_probe, capture_output=True, text=True, check=True, timeout=60)
-        assert json.loads(done.stdout)["nodes"] == nodes
+        assert json.loads(done.stdout.splitlines()[0])["nodes"] == nodes
 
 
 def test_the_probe_runs_in_a_process_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    probe_apart.cache_clear()
+    vllm_node._probed.cache_clear()
     assert probe_apart(2).world_size == 2
-    probe_apart.cache_clear()
+    assert vllm_node.torch_multicast_apart(2) is False
+    vllm_node._probed.cache_clear()
     monkeypatch.setattr("sys.executable", "/nowhere/python")
     with pytest.raises(UnavailableError, match="could not be probed"):
         probe_apart(2)
-    probe_apart.cache_clear()
+    vllm_node._probed.cache_clear()
 
 
 def test_the_documents_example_is_what_check_prints() -> None:

@@ -44,7 +44,18 @@ SCENARIOS: dict[str, dict[str, Any]] = {
              "environ": {"FUSEWISE_VLLM": "full"}},
     "full without native": {"environ": {"FUSEWISE_VLLM": "full"}},
     "no flashinfer": {"flashinfer": False},
-    "unknown version": {"version": "0.99.0"},
+    "a version before all that were read": {"version": "0.19.1"},
+    "a version after all that were read": {"version": "0.99.0"},
+    "-O0": {"fuse": False},
+    "-O0, plain FlashInfer on": {"fuse": False, "environ": {"VLLM_ALLREDUCE_USE_FLASHINFER": "1"}},
+    "-O0, no flashinfer": {"fuse": False, "flashinfer": False},
+    "batch invariant": {"environ": {"VLLM_BATCH_INVARIANT": "1"}},
+    "NCCL without multicast": {"multicast": False, "torch_multicast": True},
+    "external launcher": {"backend": "external_launcher"},
+    "rebuilt": {"rebuilt": True},
+    "rebuilt after a fault": {"rebuilt": True, "probe_fails": True},
+    "nonsense": {"environ": {"VLLM_USE_NCCL_SYMM_MEM": "maybe"}},
+    "no size": {"environ": {"FUSEWISE_CAP": "lots"}},
     "changed table": {"live_cap_mb": 0.75},
     "moved seam": {"moved": "no_such_thing"},
     "probe fails": {"probe_fails": True},
@@ -145,6 +156,8 @@ def outcome(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
         ("nccl symmetric memory, no multicast", 131072, 32),
         ("tp 2", 64 * MIB, None),
         ("tp 2, losing", 4 * MIB, 1024),
+        ("full", 4 * MIB, 1024),
+        ("rebuilt", 262144, 64),
         ("full without native", 262144, 64),
     ],
 )
@@ -177,7 +190,7 @@ def test_times_of_trtllm_do_not_decide_where_vllm_fuses_with_mnnvl(
     (line,) = result["log"]
     mnnvl = outcome["version"] == "0.33.0"
     assert result["cap_bytes"] == (524288 if mnnvl else measured)
-    assert result["plain_flashinfer_mb"] == result["cap_bytes"] / MIB
+    assert result["plain_flashinfer_mb"] == 0.5  # 0.22 does not ask it, 0.33's cap stays
     assert ("mnnvl, not measured" in line) == mnnvl
 
 
@@ -190,7 +203,8 @@ def test_a_users_setting_wins_and_is_named(outcome: Any) -> None:
 
 
 def test_plain_flashinfer_reads_the_lowered_table_in_a_worker(outcome: Any) -> None:
-    assert outcome["seed"]["plain_flashinfer_mb"] == 0.25
+    asked = outcome["version"] == "0.33.0"  # where nobody reads it, it stays as it was
+    assert outcome["seed"]["plain_flashinfer_mb"] == (0.25 if asked else 0.5)
     assert outcome["no multicast"]["plain_flashinfer_mb"] == 0.5
     assert outcome["user's cap"]["plain_flashinfer_mb"] == 0.5
     assert outcome["off"]["plain_flashinfer_mb"] == 0.5
@@ -218,18 +232,22 @@ def test_silent_where_vllm_does_not_fuse(outcome: Any, name: str) -> None:
     ("name", "words"),
     [
         ("unknown mode", "expected cap, full, off"),
-        ("unknown version", "0.99.0"),
+        ("a version before all that were read", "0.19.1"),
         ("changed table", "not the one known"),
         ("moved seam", "no_such_thing"),
         ("probe fails", "could not be probed"),
         ("two nodes", "one node"),
+        ("rebuilt after a fault", "could not be probed"),
+        ("nonsense", "VLLM_USE_NCCL_SYMM_MEM"),
+        ("no size", "FUSEWISE_CAP"),
     ],
 )
 def test_one_line_and_vllm_as_it_was(outcome: Any, name: str, words: str) -> None:
+    """One: whoever builds the config again, in a worker too, does not decide anew."""
     result = outcome[name]
-    assert len(set(result["log"])) == 1
-    assert result["log"][0].startswith("WARNING")
-    assert words in result["log"][0]
+    (line,) = result["log"]
+    assert line.startswith("WARNING")
+    assert words in line
     assert (result["field_mb"], result["mark"]) == (None, None)
     assert result["fuses"]
 
@@ -250,13 +268,59 @@ def test_a_cap_of_nothing_turns_the_fusion_off(outcome: Any) -> None:
 
 
 def test_full_mode_marks_the_config_for_the_workers(outcome: Any) -> None:
+    """The narrow cap is in force; the wide one waits until all ranks have taken it up."""
     full = outcome["full"]
-    assert full["mark"] == {"mode": "full", "cap_mb": full["cap_bytes"] / MIB}
-    assert 8 * MIB <= full["cap_bytes"] < 64 * MIB  # native wins to 8 MiB, NCCL at 64
-    assert full["plain_flashinfer_mb"] == 64  # full mode routes plain all-reduces itself
+    assert (full["mark"]["mode"], full["mark"]["cap_mb"]) == ("full", 4)
+    assert 8 <= full["mark"]["wide_mb"] < 64  # native wins to 8 MiB, NCCL at 64
+    assert full["mark"]["endpoints"] is None
     without = outcome["full without native"]
     assert without["mark"]["mode"] == "cap"
     assert "native" in without["log"][0]
+
+
+def test_without_the_pass_others_still_read_the_table(outcome: Any) -> None:
+    """-O0, -O1 and an explicit false leave plain FlashInfer and models fused by hand."""
+    newer = outcome["version"] == "0.33.0"
+    for name, reads in [("-O0", newer), ("-O0, plain FlashInfer on", True)]:
+        result = outcome[name]
+        assert (result["fuses"], result["field_mb"], result["endpoints"]) == (False, None, [8192])
+        assert result["plain_flashinfer_mb"] == (0.25 if reads else 0.5)
+        assert len(result["log"]) == (1 if reads else 0)
+    assert outcome["-O0, no flashinfer"]["log"] == []
+
+
+def test_batch_invariance_is_vllms_own_affair(outcome: Any) -> None:
+    """From 0.29 on it turns the fusion off; before, it takes away what would be faster."""
+    result = outcome["batch invariant"]
+    newer = outcome["version"] == "0.33.0"
+    assert (result["fuses"], result["cap_bytes"]) == (not newer, 524288)
+    assert len(result["log"]) == (0 if newer else 1)
+
+
+def test_nccls_switch_does_not_take_multicast_from_symmetric_memory(outcome: Any) -> None:
+    result = outcome["NCCL without multicast"]
+    assert result["cap_bytes"] == 262144
+    assert "multimem takes over" in result["log"][-1]
+
+
+def test_a_newer_release_is_taken_for_the_newest_that_was_read(outcome: Any) -> None:
+    result = outcome["a version after all that were read"]
+    assert result["cap_bytes"] == 262144
+    warning, _ = result["log"]
+    assert warning.startswith("WARNING")
+    assert "0.99.0 was not read; the tables of 0.33 stand for it" in warning
+
+
+def test_where_every_rank_decides_nothing_is_set_before_all_agree(outcome: Any) -> None:
+    result = outcome["external launcher"]
+    assert (result["field_mb"], result["endpoints"]) == (None, [128, 8192])
+    assert (result["worker_cap_bytes"], result["worker_endpoints"]) == (262144, [64, 8192])
+    assert result["plain_flashinfer_mb"] == (0.25 if outcome["version"] == "0.33.0" else 0.5)
+
+
+def test_every_outcome_is_marked(outcome: Any) -> None:
+    unmarked = [name for name, r in outcome.items() if isinstance(r, dict) and not r["marked"]]
+    assert unmarked == ["off", "unknown mode", "a version before all that were read", "moved seam"]
 
 
 def test_blackwell_keeps_its_cap(outcome: Any) -> None:

@@ -38,7 +38,7 @@ from fusewise.engines.vllm.engine import settings_on
 from fusewise.engines.vllm.patch import TABLE_FILE, evidence, table_patch
 from fusewise.engines.vllm.tables import known_version
 from fusewise.errors import InputError
-from fusewise.node import Fingerprint
+from fusewise.node import Fingerprint, torch_multicast
 from fusewise.profiles.store import Resolution
 from fusewise.report.table import Column, Section
 from fusewise.shape import format_size, parse_dtype, tokens_at
@@ -84,7 +84,9 @@ def check(
     found = resolve(profile, dtype, tp, strict)
     tell(found.notes)
     node = found.profile.fingerprint if found.profile else this_node(tp)
-    settings = settings_on(_version(version), node, parse_dtype(dtype), os.environ, {})
+    here = found.level not in ("argument", "flag", "environment")
+    flags = {"multicast": torch_multicast()} if here else {}
+    settings = settings_on(_version(version), node, parse_dtype(dtype), os.environ, flags)
     decision = decide_cap(
         found.profile, settings, explicit=explicit_cap(os.environ), profile_level=found.level
     )
