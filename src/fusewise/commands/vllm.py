@@ -33,9 +33,11 @@ from fusewise.engines.audit import audit as audit_profile
 from fusewise.engines.base import HIDDEN_SIZES
 from fusewise.engines.cap import CapDecision, decide_cap
 from fusewise.engines.plugin import explicit_cap, mode
+from fusewise.engines.vllm import on_disk
 from fusewise.engines.vllm.dispatch import VllmSettings
 from fusewise.engines.vllm.engine import settings_on
 from fusewise.engines.vllm.patch import TABLE_FILE, evidence, table_patch
+from fusewise.engines.vllm.seams import CONFIG_SEAMS, WORKER_SEAMS
 from fusewise.engines.vllm.tables import known_version
 from fusewise.errors import InputError
 from fusewise.node import Fingerprint, torch_multicast
@@ -84,6 +86,7 @@ def check(
     found = resolve(profile, dtype, tp, strict)
     tell(found.notes)
     node = found.profile.fingerprint if found.profile else this_node(tp)
+    moved = _moved_seams() if version is None else []
     here = found.level not in ("argument", "flag", "environment")
     flags = {"multicast": torch_multicast()} if here else {}
     settings = settings_on(_version(version), node, parse_dtype(dtype), os.environ, flags)
@@ -91,11 +94,12 @@ def check(
         found.profile, settings, explicit=explicit_cap(os.environ), profile_level=found.level
     )
     result = audit_profile(found.profile, settings) if found.profile else None
+    facts = _facts(settings, node, found, decision, result)
     sizes = integers(hidden, HIDDEN_SIZES)
     caps = [_token_cap(found, settings, size) for size in sizes]
     write(
         [
-            Section("summary", _FACTS, _facts(settings, node, found, decision, result), "vLLM"),
+            Section("summary", _FACTS, moved + facts, "vLLM"),
             Section("hidden_sizes", _HIDDEN, caps, "Token caps", result.notes if result else ()),
         ],
         fmt,
@@ -116,6 +120,19 @@ def _version(asked: str | None) -> str:
         ) from None
     tell([warning] if warning else [])
     return known
+
+
+def _moved_seams() -> list[dict[str, object]]:
+    """Facts about the installed vLLM in which the plugin would do nothing; none where it works."""
+    folder = _installed()
+    moved = on_disk.moved((*CONFIG_SEAMS, *WORKER_SEAMS), folder) if folder else []
+    return [{"fact": "the plugin does nothing", "value": f"moved: {fault}"} for fault in moved]
+
+
+def _installed() -> Path | None:
+    """The folder that holds the installed ``vllm``."""
+    spec = importlib.util.find_spec("vllm")
+    return None if spec is None or spec.origin is None else Path(spec.origin).parents[1]
 
 
 def _token_cap(found: Resolution, settings: VllmSettings, hidden_size: int) -> dict[str, object]:
@@ -196,12 +213,9 @@ def patch(
 
 
 def _table_text(source: Path | None) -> str:
-    folder = source
+    folder = source or _installed()
     if folder is None:
-        spec = importlib.util.find_spec("vllm")
-        if spec is None or spec.origin is None:
-            raise InputError("vLLM is not installed here", hint="Pass --source FOLDER.")
-        folder = Path(spec.origin).parents[1]
+        raise InputError("vLLM is not installed here", hint="Pass --source FOLDER.")
     try:
         return (folder / TABLE_FILE).read_text(encoding="utf-8")
     except OSError as error:
