@@ -86,7 +86,6 @@ def check(
     found = resolve(profile, dtype, tp, strict)
     tell(found.notes)
     node = found.profile.fingerprint if found.profile else this_node(tp)
-    moved = _moved_seams() if version is None else []
     here = found.level not in ("argument", "flag", "environment")
     flags = {"multicast": torch_multicast()} if here else {}
     settings = settings_on(_version(version), node, parse_dtype(dtype), os.environ, flags)
@@ -94,12 +93,11 @@ def check(
         found.profile, settings, explicit=explicit_cap(os.environ), profile_level=found.level
     )
     result = audit_profile(found.profile, settings) if found.profile else None
-    facts = _facts(settings, node, found, decision, result)
     sizes = integers(hidden, HIDDEN_SIZES)
     caps = [_token_cap(found, settings, size) for size in sizes]
     write(
         [
-            Section("summary", _FACTS, moved + facts, "vLLM"),
+            Section("summary", _FACTS, _facts(settings, node, found, decision, result), "vLLM"),
             Section("hidden_sizes", _HIDDEN, caps, "Token caps", result.notes if result else ()),
         ],
         fmt,
@@ -119,14 +117,15 @@ def _version(asked: str | None) -> str:
             "vLLM is not installed here", hint="Pass --version, such as --version 0.33."
         ) from None
     tell([warning] if warning else [])
+    tell([] if asked else _moved_seams())
     return known
 
 
-def _moved_seams() -> list[dict[str, object]]:
-    """Facts about the installed vLLM in which the plugin would do nothing; none where it works."""
+def _moved_seams() -> list[str]:
+    """A line for each reason why the plugin would do nothing in the installed vLLM."""
     folder = _installed()
     moved = on_disk.moved((*CONFIG_SEAMS, *WORKER_SEAMS), folder) if folder else []
-    return [{"fact": "the plugin does nothing", "value": f"moved: {fault}"} for fault in moved]
+    return [f"the plugin does nothing: this vLLM has moved {fault}" for fault in moved]
 
 
 def _installed() -> Path | None:
