@@ -8,14 +8,11 @@ where every rank built a config of its own, the cap is set. Full mode is ``takeo
 from __future__ import annotations
 
 import inspect
-import logging
 from typing import Any
 
 from fusewise.engines.vllm import mark as marks
 from fusewise.engines.vllm.mark import Mark
 from fusewise.engines.vllm.seams import TABLE_SEAM, resolve
-
-log = logging.getLogger("vllm.plugins.fusewise")
 
 # Ranks come here within moments of each other, from the collective that made their group.
 TIMEOUT_S = 20.0

@@ -82,13 +82,13 @@ def install(vllm_communicator: Any, config: Any, mark: Mark) -> None:
         side = _side(node, config)
     except Exception as error:  # whatever it is, the peers must hear it
         fault = error
-    quick.unanimous("full mode", side and side.proposal, fault)
+    quick.unanimous("full mode", side.proposal if side else None, fault)
     assert side is not None  # it had no fault
-    group = Group(process_group)
+    group = Group(process_group)  # a step of building takes longer, and so may a peer's kernel
     native = _native(group, node, side.profile, config, _largest(mark))
     try:
         plan = _plan(native, side)
-        group.unanimous("full mode's plan", plan.digest)
+        quick.unanimous("full mode's plan", plan.digest)
     except Exception:
         _close(native)
         raise
@@ -106,13 +106,13 @@ def _take_over(
     native: dict[str, Any],
     plan: Plan,
 ) -> None:
+    destroy = vllm_communicator.destroy
     if mark.wide_mb is not None:
         marks.set_fusion_again(config, mark, mark.wide_mb)
     _silence_plain_flashinfer(vllm_communicator, side.settings)
     pattern = side.comm.AllReduceFusionPattern.kARResidualRMSNorm
     router = Router(native, plan, vllm_communicator.all_reduce, pattern, mark.cap_bytes)
     vllm_communicator.all_reduce = router.all_reduce
-    destroy = vllm_communicator.destroy
 
     def destroy_ours_too() -> None:
         if router in _current:
