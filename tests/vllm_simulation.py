@@ -285,9 +285,10 @@ def _facts(config: Any, scenario: Scenario, table: Any) -> dict[str, Any]:
 
 
 def _in_a_worker(config: Any, scenario: Scenario) -> None:
-    """What a worker does before vLLM builds its all-reduces, with peers of the same opinion."""
+    """What a worker does around vLLM's building of all-reduces, with peers of the same opinion."""
     from vllm.config import set_current_vllm_config
 
+    from fusewise.engines.vllm import mark as marks
     from fusewise.engines.vllm import settle
 
     class Alike:
@@ -303,6 +304,9 @@ def _in_a_worker(config: Any, scenario: Scenario) -> None:
             settle.agree(None)
         except AssertionError:
             return
+        mark = marks.read(config)
+        if mark and mark.wide_mb:  # full mode's last step, once its kernels are up
+            marks.set_fusion_again(config, mark, mark.wide_mb)
 
 
 def main() -> int:

@@ -272,7 +272,9 @@ def test_full_mode_marks_the_config_for_the_workers(outcome: Any) -> None:
     full = outcome["full"]
     assert (full["mark"]["mode"], full["mark"]["cap_mb"]) == ("full", 4)
     assert 8 <= full["mark"]["wide_mb"] < 64  # native wins to 8 MiB, NCCL at 64
-    assert full["mark"]["endpoints"] is None
+    assert full["worker_cap_bytes"] == int(full["mark"]["wide_mb"] * MIB)
+    assert full["endpoints"] == [1024, 8192]
+    assert full["worker_endpoints"] == [8192]  # every batch lies within the wide one
     without = outcome["full without native"]
     assert without["mark"]["mode"] == "cap"
     assert "native" in without["log"][0]
