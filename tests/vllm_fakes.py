@@ -11,7 +11,9 @@ import pytest
 import torch
 
 from fusewise.backends.norm import residual_rms_norm
+from fusewise.engines.vllm import mark as marks
 from fusewise.engines.vllm import takeover as vllm_worker
+from fusewise.engines.vllm.mark import Mark
 from fusewise.engines.vllm.router import Router
 from fusewise.errors import DisagreementError, InputError
 from fusewise.node import Fingerprint
@@ -225,3 +227,41 @@ class Worker:
         tokens = int(passes.fi_allreduce_fusion_max_size_mb * MIB) // 4096
         kept = compilation.compile_ranges_endpoints or []
         compilation.compile_ranges_endpoints = sorted([*kept, tokens, 8192])
+
+
+class Rank:
+    """One worker's config and its process's table."""
+
+    def __init__(self, mark: Mark | None, quantization: str | None = None) -> None:
+        self.table: dict[int, float] = {2: 64}
+        self.passes = SimpleNamespace(
+            fuse_allreduce_rms=True, fi_allreduce_fusion_max_size_mb=None,
+            flashinfer_max_size=lambda world_size: int(self.table[world_size] * MIB),
+        )  # fmt: skip
+        self.compilation = SimpleNamespace(
+            pass_config=self.passes, compile_ranges_endpoints=[100, 8192]
+        )
+        self.config: Any = SimpleNamespace(
+            compilation_config=self.compilation,
+            parallel_config=SimpleNamespace(
+                tensor_parallel_size=2, distributed_executor_backend="mp",
+                disable_custom_all_reduce=False,
+            ),
+            model_config=SimpleNamespace(
+                dtype=torch.bfloat16, get_hidden_size=lambda: 2048, quantization=quantization
+            ),
+            _set_compile_ranges=self._ranges,
+        )  # fmt: skip
+        if mark is not None:
+            marks.write(self.config, mark)
+
+    def _ranges(self) -> None:
+        tokens = int((self.passes.fi_allreduce_fusion_max_size_mb or 64) * MIB) // 4096
+        kept = self.compilation.compile_ranges_endpoints or []
+        self.compilation.compile_ranges_endpoints = sorted([*kept, tokens, 8192])
+
+    @property
+    def state(self) -> tuple[float, float | None, list[int]]:
+        """What stands in table, field and compile ranges."""
+        field_mb = self.passes.fi_allreduce_fusion_max_size_mb
+        return self.table[2], field_mb, self.compilation.compile_ranges_endpoints
