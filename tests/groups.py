@@ -1,13 +1,16 @@
-"""Groups without processes: ``Group`` itself, with only the gathering replaced."""
+"""Groups without processes: ``Group`` itself, with its gathering or its store replaced."""
 
 from __future__ import annotations
 
 import threading
 import types
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.distributed import HashStore, PrefixStore
 
+from fusewise.errors import FusewiseError
 from fusewise.ranks.group import Group
 
 BOUND_S = 20.0
@@ -52,3 +55,36 @@ class ThreadGroup(MirrorGroup):
         self.room.barrier.wait()
         assert len({phase for phase, _ in seen}) == 1, f"ranks are at different steps: {seen}"
         return [value for _, value in seen]
+
+
+class StoreGroup(Group):
+    """A rank over a store in memory, without torch's process group."""
+
+    def __init__(self, store: HashStore, rank: int, world_size: int, timeout_s: float) -> None:
+        self.rank, self.world_size, self.ranks = rank, world_size, list(range(world_size))
+        self.name, self.device, self.timeout_s = "0", torch.device("cpu"), timeout_s
+        self._store, self._turn = PrefixStore("test", store), 0
+
+
+class StoreRanks:
+    """Threads that meet at a store; ``come`` runs some of them and says how each ended."""
+
+    def __init__(self, world_size: int = 3, timeout_s: float = BOUND_S) -> None:
+        store = HashStore()
+        self.groups = [StoreGroup(store, r, world_size, timeout_s) for r in range(world_size)]
+        self.ended: dict[int, str] = {}
+
+    def come(self, *ranks: int, ask: Callable[[Group], None]) -> None:
+        threads = [threading.Thread(target=self._one, args=(r, ask)) for r in ranks]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(BOUND_S)
+            assert not thread.is_alive()
+
+    def _one(self, rank: int, ask: Callable[[Group], None]) -> None:
+        try:
+            ask(self.groups[rank])
+            self.ended[rank] = "went ahead"
+        except FusewiseError as error:
+            self.ended[rank] = str(error)

@@ -39,6 +39,27 @@ class Workspace:
         self.destroyed = True
 
 
+class MnnvlWorkspace(Workspace):
+    """Answers like MNNVLAllReduceFusionWorkspace, which chooses a strategy by size."""
+
+    mc_ptr = 0x7000
+
+    def is_buffer_size_sufficient(
+        self, tp_size: int, num_tokens: int, hidden_dim: int, dtype: Any, strategy: Any = "auto"
+    ) -> bool:
+        assert strategy == "auto", "an Enum there, and no flag"
+        made = self.made
+        room = self._needed(tp_size, made["max_token_num"], made["hidden_dim"], made["dtype"])
+        return self._needed(tp_size, num_tokens, hidden_dim, dtype) <= max(2**20, room)
+
+    @staticmethod
+    def _needed(tp_size: int, num_tokens: int, hidden_dim: int, dtype: torch.dtype) -> int:
+        over_all = num_tokens * hidden_dim * tp_size * dtype.itemsize
+        if over_all <= 2**20:
+            return over_all
+        return int(2 * -(-num_tokens // tp_size) * tp_size * hidden_dim * dtype.itemsize)
+
+
 class FakeComm(types.ModuleType):
     """``flashinfer.comm``: the fused API."""
 
@@ -54,10 +75,12 @@ class FakeComm(types.ModuleType):
         gpus_per_node: Any = None, comm_backend: Any = None, force_oneshot_support: bool = False,
         group: Any = None,
     ) -> Workspace:  # fmt: skip
-        assert backend == "trtllm"
-        return Workspace(
+        assert backend in ("trtllm", "mnnvl")
+        kind = Workspace if backend == "trtllm" else MnnvlWorkspace
+        assert (comm_backend is None) == (backend == "trtllm"), "without one, mnnvl asks MPI"
+        return kind(
             world_size=world_size, rank=rank, max_token_num=max_token_num,
-            hidden_dim=hidden_dim, dtype=dtype, group=group,
+            hidden_dim=hidden_dim, dtype=dtype, group=group or comm_backend.group,
         )  # fmt: skip
 
     def allreduce_fusion(
@@ -198,11 +221,15 @@ class Fakes:
         package.__spec__ = importlib.machinery.ModuleSpec("flashinfer", None, origin="/none/x.py")
         trtllm = types.ModuleType("flashinfer.comm.trtllm_ar")
         trtllm.get_trtllm_comm_module = lambda: None  # type: ignore[attr-defined]
+        multicast = types.ModuleType("flashinfer.comm.trtllm_mnnvl_ar")
+        multicast.get_trtllm_mnnvl_comm_module = lambda: None  # type: ignore[attr-defined]
+        mnnvl = types.ModuleType("flashinfer.comm.mnnvl")
+        mnnvl.TorchDistBackend = types.SimpleNamespace  # type: ignore[attr-defined]
         ipc = types.ModuleType("flashinfer.comm.cuda_ipc")
         ipc.cudart, ipc.cudaIpcMemHandle_t = self.cudart, Handle  # type: ignore[attr-defined]
         package.comm = self.comm  # type: ignore[attr-defined]
         self.comm.vllm_ar, self.comm.cuda_ipc = self.vllm, ipc  # type: ignore[attr-defined]
-        for module in (package, self.comm, trtllm, self.vllm, ipc):
+        for module in (package, self.comm, trtllm, multicast, mnnvl, self.vllm, ipc):
             patch.setitem(sys.modules, module.__name__, module)
         patch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
         patch.setattr(torch.cuda, "synchronize", lambda device=None: None)

@@ -11,9 +11,11 @@ import pytest
 import torch
 
 from fusewise.backends.norm import residual_rms_norm
+from fusewise.engines.vllm import mark as marks
 from fusewise.engines.vllm import takeover as vllm_worker
+from fusewise.engines.vllm.mark import Mark
 from fusewise.engines.vllm.router import Router
-from fusewise.errors import DisagreementError
+from fusewise.errors import DisagreementError, InputError
 from fusewise.node import Fingerprint
 from fusewise.profiles.bands import Band, Plan, Table
 from fusewise.profiles.schema import PathRecord, Profile, Provenance, Sample
@@ -21,6 +23,7 @@ from fusewise.shape import Shape
 
 KIB, MIB = 2**10, 2**20
 HIDDEN = 64
+NARROW = 2 * KIB  # within the band in which the plan names ours
 PATTERN = "kARResidualRMSNorm"
 
 
@@ -48,6 +51,7 @@ class Ours:
 
     def __init__(self, most_tokens: int = 1024) -> None:
         self.calls: list[str] = []
+        self.selected: list[str] = []
         self.most_tokens = most_tokens
 
     def admits(self, shape: Shape) -> str | None:
@@ -74,6 +78,11 @@ class Ours:
     def on_death(self, tell: Any) -> None:
         self.tell = tell
 
+    def select(self, op: str, shape: Shape, variant: str) -> None:
+        if variant == "gone":
+            raise InputError("no such variant")
+        self.selected.append(f"{op} {shape.num_tokens} {variant}")
+
     def close(self) -> None:
         self.calls.append("close")
 
@@ -84,7 +93,7 @@ class World:
         self.originals: list[dict[str, Any]] = []
         self.plains: list[torch.Tensor] = []
         native: Any = {"native.one_shot": self.ours}
-        self.router = Router(native, plan(), self.plain, PATTERN)
+        self.router = Router(native, plan(), self.plain, PATTERN, narrow_bytes=NARROW)
 
     def plain(self, x: torch.Tensor) -> torch.Tensor:
         self.plains.append(x)
@@ -153,9 +162,10 @@ class Worker:
         *,
         version: str = "0.22.1",
         builds: bool = True,
-        agrees: bool = True,
+        refuses: str = "",
     ) -> None:
-        self.builds, self.agrees = builds, agrees
+        self.builds, self.refuses = builds, refuses
+        self.said: dict[str, Any] = {}
         self.asked: list[tuple[str, Shape]] = []
         self.ours = Ours()
         self.comm = types.ModuleType("flashinfer.comm")
@@ -170,10 +180,10 @@ class Worker:
         monkeypatch.setattr(vllm_worker, "missing", lambda seams: [])
         monkeypatch.setattr("importlib.metadata.version", lambda name: version)
         node = tp2_profile(native=True).fingerprint
-        found = SimpleNamespace(profile=profile)
+        found = SimpleNamespace(profile=profile, where="a test")
         monkeypatch.setattr(vllm_worker, "find_profile", lambda node, dtype: found)
-        group = SimpleNamespace(rank=0, agree=self.agree)
-        monkeypatch.setattr("fusewise.ranks.group.Group", lambda process_group: group)
+        group = SimpleNamespace(rank=0, unanimous=self.unanimous)
+        monkeypatch.setattr("fusewise.ranks.group.Group", lambda process_group, timeout_s=1: group)
         monkeypatch.setattr("fusewise.ranks.agreement.fingerprint_of", lambda group: node)
         monkeypatch.setattr("fusewise.backends.steps.build_backend", self.build)
         self.vllm = SimpleNamespace(
@@ -182,20 +192,79 @@ class Worker:
             device_group="group",
             all_reduce=lambda x: "vllm",
             fi_ar_comm=SimpleNamespace(disabled=False),
+            destroy=lambda: self.destroyed.append("vllm"),
         )
+        self.destroyed: list[str] = []
+        vllm_worker.release()
 
-    def agree(self, phase: str, value: Any) -> None:
-        if not self.agrees:
-            raise DisagreementError(f"ranks disagree at {phase!r}")
+    def unanimous(self, phase: str, value: Any, fault: Any = None) -> None:
+        """A peer refuses at the phase it was told to; this rank's own fault refuses too."""
+        self.said[phase] = value
+        if fault or phase == self.refuses:
+            raise DisagreementError(f"not all ranks could go ahead with {phase}: {fault}")
 
     def build(self, path: str, group: Any, node: Fingerprint, largest: Shape) -> Any:
         self.asked.append((path, largest))
         return (self.ours, "") if self.builds else (None, "no compiler")
 
-    def config(self, mark: dict[str, Any] | None) -> Any:
-        passes = SimpleNamespace() if mark is None else SimpleNamespace(_fusewise=mark)
-        return SimpleNamespace(
-            compilation_config=SimpleNamespace(pass_config=passes),
-            parallel_config=SimpleNamespace(disable_custom_all_reduce=False),
+    def config(self) -> Any:
+        """A worker's ``VllmConfig`` as the front end shipped it: the narrow cap is in force."""
+        passes = SimpleNamespace(
+            fi_allreduce_fusion_max_size_mb=4.0, fuse_allreduce_rms=True,
+            flashinfer_max_size=lambda world_size: 4 * MIB,
+        )  # fmt: skip
+        compilation = SimpleNamespace(pass_config=passes, compile_ranges_endpoints=[1024, 8192])
+        config = SimpleNamespace(
+            compilation_config=compilation,
+            parallel_config=SimpleNamespace(
+                disable_custom_all_reduce=False, tensor_parallel_size=2
+            ),
             model_config=SimpleNamespace(dtype=torch.bfloat16, get_hidden_size=lambda: 2048),
         )
+        config._set_compile_ranges = lambda: self.ranges(config)
+        return config
+
+    def ranges(self, config: Any) -> None:
+        """vLLM's: the user's endpoints and the cap's."""
+        passes, compilation = config.compilation_config.pass_config, config.compilation_config
+        tokens = int(passes.fi_allreduce_fusion_max_size_mb * MIB) // 4096
+        kept = compilation.compile_ranges_endpoints or []
+        compilation.compile_ranges_endpoints = sorted([*kept, tokens, 8192])
+
+
+class Rank:
+    """One worker's config and its process's table."""
+
+    def __init__(self, mark: Mark | None, quantization: str | None = None) -> None:
+        self.table: dict[int, float] = {2: 64}
+        self.passes = SimpleNamespace(
+            fuse_allreduce_rms=True, fi_allreduce_fusion_max_size_mb=None,
+            flashinfer_max_size=lambda world_size: int(self.table[world_size] * MIB),
+        )  # fmt: skip
+        self.compilation = SimpleNamespace(
+            pass_config=self.passes, compile_ranges_endpoints=[100, 8192]
+        )
+        self.config: Any = SimpleNamespace(
+            compilation_config=self.compilation,
+            parallel_config=SimpleNamespace(
+                tensor_parallel_size=2, distributed_executor_backend="mp",
+                disable_custom_all_reduce=False,
+            ),
+            model_config=SimpleNamespace(
+                dtype=torch.bfloat16, get_hidden_size=lambda: 2048, quantization=quantization
+            ),
+            _set_compile_ranges=self._ranges,
+        )  # fmt: skip
+        if mark is not None:
+            marks.write(self.config, mark)
+
+    def _ranges(self) -> None:
+        tokens = int((self.passes.fi_allreduce_fusion_max_size_mb or 64) * MIB) // 4096
+        kept = self.compilation.compile_ranges_endpoints or []
+        self.compilation.compile_ranges_endpoints = sorted([*kept, tokens, 8192])
+
+    @property
+    def state(self) -> tuple[float, float | None, list[int]]:
+        """What stands in table, field and compile ranges."""
+        field_mb = self.passes.fi_allreduce_fusion_max_size_mb
+        return self.table[2], field_mb, self.compilation.compile_ranges_endpoints

@@ -61,12 +61,21 @@ class _Absent(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 @dataclass
 class Scenario:
-    """One start of vLLM. ``field_mb``: the user's own cap. ``probe_fails``: our probe raises."""
+    """One start of vLLM.
+
+    ``field_mb``: the user's own cap. ``fuse``: the pass, None as vLLM has it. ``probe_fails``: our
+    probe raises, the first time only where the config is ``rebuilt``. ``torch_multicast``: as torch
+    sees it, where NCCL's switch says otherwise.
+    """
 
     environ: dict[str, str] = field(default_factory=dict)
     sm: int = 90
     world_size: int = 8
     multicast: bool = True
+    torch_multicast: bool | None = None
+    fuse: bool | None = None
+    backend: str = "mp"
+    rebuilt: bool = False
     nodes: int = 1
     hidden_size: int = 2048
     max_tokens: int = 8192
@@ -167,13 +176,16 @@ def _pretences(scenario: Scenario) -> Any:
     from fusewise.errors import UnavailableError
     from fusewise.node import Fingerprint
 
+    probes: list[int] = []
+
     def probe(world_size: int) -> Fingerprint:
-        if scenario.probe_fails:
+        probes.append(world_size)
+        if scenario.probe_fails and not (scenario.rebuilt and len(probes) > 1):
             raise UnavailableError("the node could not be probed", got="a test")
         return Fingerprint(
             device_type="cuda", device="NVIDIA H200", sm=scenario.sm, world_size=world_size,
             nodes=scenario.nodes, fabric="nv18", multicast=scenario.multicast,
-            flashinfer="0.6.11.post2",
+            flashinfer="0.6.11.post2" if scenario.flashinfer else None,
         )  # fmt: skip
 
     real = importlib.metadata.version
@@ -182,7 +194,9 @@ def _pretences(scenario: Scenario) -> Any:
         return scenario.version if name == "vllm" and scenario.version else real(name)
 
     stack = contextlib.ExitStack()
+    sees = scenario.multicast if scenario.torch_multicast is None else scenario.torch_multicast
     stack.enter_context(mock.patch.object(vllm_cap, "probe_apart", probe))
+    stack.enter_context(mock.patch.object(vllm_cap, "torch_multicast_apart", lambda size: sees))
     stack.enter_context(mock.patch.object(importlib.metadata, "version", version))
     has = mock.patch("vllm.utils.flashinfer.has_flashinfer", lambda: scenario.flashinfer)
     stack.enter_context(has)
@@ -196,6 +210,9 @@ def _configure(scenario: Scenario) -> dict[str, Any]:
     from vllm.compilation.passes.fusion import allreduce_rms_fusion
     from vllm.config import CompilationConfig, ParallelConfig, VllmConfig
     from vllm.config.compilation import PassConfig
+    from vllm.config.utils import is_init_field
+
+    from fusewise.engines.vllm import settle
 
     table = allreduce_rms_fusion.FI_ALLREDUCE_FUSION_MAX_SIZE_MB
     kept = {sm: dict(row) for sm, row in table.items()}
@@ -204,18 +221,28 @@ def _configure(scenario: Scenario) -> dict[str, Any]:
     try:
         config = VllmConfig(
             parallel_config=ParallelConfig(
-                tensor_parallel_size=scenario.world_size, distributed_executor_backend="mp"
+                tensor_parallel_size=scenario.world_size,
+                distributed_executor_backend=scenario.backend,
             ),
             compilation_config=CompilationConfig(
-                pass_config=PassConfig(fi_allreduce_fusion_max_size_mb=scenario.field_mb)
+                pass_config=PassConfig(
+                    fi_allreduce_fusion_max_size_mb=scenario.field_mb,
+                    **({} if scenario.fuse is None else {"fuse_allreduce_rms": scenario.fuse}),
+                )
             ),
         )
+        if scenario.rebuilt:  # vllm.config.utils.replace, which wants a model, without one
+            old = vars(config).items()
+            config = VllmConfig(
+                **{k: v for k, v in old if v is not None and is_init_field(VllmConfig, k)}
+            )
         # VllmConfig was built whole, without a model: building a ModelConfig needs the model's
         # code. What follows is vLLM's own last step once more, with a model's two facts.
         _give_model(config, scenario)
         config._set_compile_ranges()
         return _facts(config, scenario, table)
     finally:
+        settle.restore_table()
         table.clear()
         table.update(kept)
 
@@ -231,27 +258,55 @@ def _give_model(config: Any, scenario: Scenario) -> None:
 
 
 def _facts(config: Any, scenario: Scenario, table: Any) -> dict[str, Any]:
-    from fusewise.engines.vllm import narrow as vllm_cap
     from fusewise.engines.vllm import seams as vllm_seams
 
     passes = config.compilation_config.pass_config
     shipped = pickle.loads(pickle.dumps(passes))  # as vLLM ships it to its workers
-    worker = SimpleNamespace(
-        compilation_config=SimpleNamespace(pass_config=shipped),
-        parallel_config=config.parallel_config,
-    )
-    vllm_cap.lower_table(worker)
-    plain = passes.default_fi_allreduce_fusion_max_size_mb().get(scenario.world_size)
-    return {
+    mark = getattr(shipped, vllm_seams.MARK, None)
+    facts = {
         "field_mb": passes.fi_allreduce_fusion_max_size_mb,
         "cap_bytes": passes.flashinfer_max_size(scenario.world_size),
         "fuses": bool(passes.fuse_allreduce_rms),
         "endpoints": config.compilation_config.compile_ranges_endpoints,
-        "mark": getattr(shipped, vllm_seams.MARK, None),
-        "plain_flashinfer_mb": plain,
+        "mark": mark if mark and mark["mode"] != "none" else None,
+        "marked": mark is not None,
         "hash_is_the_fields": passes.compute_hash() == shipped.compute_hash(),
         "table_intact": set(table) >= {90, 100},
     }
+    config.compilation_config.pass_config = shipped
+    _in_a_worker(config, scenario)
+    return facts | {
+        "worker_cap_bytes": shipped.flashinfer_max_size(scenario.world_size),
+        "worker_endpoints": config.compilation_config.compile_ranges_endpoints,
+        "plain_flashinfer_mb": shipped.default_fi_allreduce_fusion_max_size_mb().get(
+            scenario.world_size
+        ),
+    }
+
+
+def _in_a_worker(config: Any, scenario: Scenario) -> None:
+    """What a worker does around vLLM's building of all-reduces, with peers of the same opinion."""
+    from vllm.config import set_current_vllm_config
+
+    from fusewise.engines.vllm import mark as marks
+    from fusewise.engines.vllm import settle
+
+    class Alike:
+        world_size = scenario.world_size
+
+        def __init__(self, process_group: Any, timeout_s: float) -> None: ...
+
+        def unanimous(self, phase: str, value: Any, fault: Any) -> None:
+            assert not fault
+
+    with mock.patch("fusewise.ranks.group.Group", Alike), set_current_vllm_config(config):
+        try:
+            settle.agree(None)
+        except AssertionError:
+            return
+        mark = marks.read(config)
+        if mark and mark.wide_mb:  # full mode's last step, once its kernels are up
+            marks.set_fusion_again(config, mark, mark.wide_mb)
 
 
 def main() -> int:

@@ -24,6 +24,8 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+from fusewise.engines.vllm.on_disk import definition, signature
+
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / ".cache" / "vllm-sources"
 RECORD = ROOT / "tests" / "data" / "vllm_seams.json"
@@ -90,7 +92,9 @@ def facts(package: Path, seams: dict[str, str]) -> dict[str, Any]:
         seams: seam's key → ``module:qualified.name``.
     """
     return {
-        "seams": {key: _signature(package, place) for key, place in seams.items()},
+        "seams": {
+            key: signature(package.parent, *place.split(":")) for key, place in seams.items()
+        },
         "tables": {key: _table(package / file, name) for key, (file, name) in TABLES.items()},
         "dispatch": _dispatch(package / _COMMUNICATORS / "cuda_communicator.py"),
         "prefers_mnnvl": "allow_trtllm_fallback"
@@ -146,35 +150,10 @@ def write(record: dict[str, Any]) -> None:
     RECORD.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
 
 
-def _signature(package: Path, place: str) -> list[str] | str | None:
-    """Parameters of a function, ``"value"`` for anything else of that name, None when absent."""
-    module, name = place.split(":")
-    file = package.parent / (module.replace(".", "/") + ".py")
-    if not file.exists():
-        return None
-    found: Any = ast.parse(file.read_text("utf-8"))
-    for part in name.split("."):
-        found = next((n for n in ast.walk(found) if _defines(n, part)), None)
-        if found is None:
-            return None
-    if not isinstance(found, ast.FunctionDef):
-        return "value"
-    return [a.arg for a in (*found.args.posonlyargs, *found.args.args, *found.args.kwonlyargs)]
-
-
-def _defines(node: ast.AST, name: str) -> bool:
-    if isinstance(node, ast.FunctionDef | ast.ClassDef):
-        return node.name == name
-    targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
-    return isinstance(node, ast.Assign | ast.AnnAssign) and any(
-        isinstance(t, ast.Name) and t.id == name for t in targets
-    )
-
-
 def _table(file: Path, name: str) -> Any:
     """A table's value with its keys as text, as JSON keeps them; None when absent."""
     tree = ast.parse(file.read_text("utf-8"))
-    node: Any = next((n for n in ast.walk(tree) if _defines(n, name)), None)
+    node: Any = definition(tree, name)
     if node is None:
         return None
     sizes = {"KiB": 2**10, "MiB": 2**20}

@@ -165,9 +165,12 @@ def multicast_supported() -> bool:
     ``TORCH_SYMM_MEM_DISABLE_MULTICAST`` is torch's own switch; ``NCCL_NVLS_ENABLE=0`` is honoured
     too, because whoever turned multicast off for NCCL meant the node. Only asks; never binds.
     """
+    return os.environ.get("NCCL_NVLS_ENABLE", "") != "0" and torch_multicast()
+
+
+def torch_multicast() -> bool:
+    """Whether torch's symmetric memory uses multicast here: NCCL's switch says nothing to it."""
     if os.environ.get("TORCH_SYMM_MEM_DISABLE_MULTICAST", "0") not in ("", "0"):
-        return False
-    if os.environ.get("NCCL_NVLS_ENABLE", "") == "0":
         return False
     try:
         cuda = ctypes.CDLL("libcuda.so.1")

@@ -36,6 +36,17 @@ def _faults(rank: int) -> dict[str, Any]:
     found["disagree"] = _caught(DisagreementError, group.agree, "plan", f"plan {rank}")
     found["out of step"] = _caught(RankError, group.barrier, f"step {rank}")
 
+    group.unanimous("one cap", [0.25, None])
+    found["one at fault"] = _caught(
+        DisagreementError, group.unanimous, "full", 1, "no profile" if rank else None
+    )
+    apart = Group(timeout_s=0.2)
+    if rank == 0:
+        found["late"] = _caught(DisagreementError, apart.unanimous, "a cap", 1)
+    group.barrier("rank 0 gave up")
+    if rank == 1:
+        found["late"] = _caught(DisagreementError, apart.unanimous, "a cap", 1)
+
     huge = Shape(1, 2**42, "float32")
     found["no shared memory"] = _caught(WorkspaceError, shm.OneShot, Group(timeout_s=20), huge)
     found["left behind"] = [p.name for p in Path("/dev/shm").glob("fusewise*")]
@@ -73,6 +84,14 @@ def test_ranks_that_disagree_or_are_out_of_step_are_named_on_every_rank() -> Non
     for found in faults():
         assert "rank 0: plan 0; rank 1: plan 1" in found["disagree"]
         assert "{0: 'step 0', 1: 'step 1'}" in found["out of step"]
+
+
+def test_all_ranks_go_ahead_or_none_also_when_one_comes_late() -> None:
+    first, second = faults()
+    assert first["one at fault"] == second["one at fault"]
+    assert "rank 1: no profile" in first["one at fault"]
+    assert first["late"] == second["late"]
+    assert "no answer from ranks [1] within 0.2 s" in first["late"]
 
 
 def test_a_full_shared_memory_is_an_error_on_every_rank_and_leaves_no_file() -> None:

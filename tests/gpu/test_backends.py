@@ -15,7 +15,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a G
 WORLD = 2
 BACKENDS = (
     "nccl", "nccl_symm", "symm_mem.one_shot", "symm_mem.two_shot", "multimem", "custom",
-    "flashinfer.one_shot", "flashinfer.two_shot",
+    "flashinfer.one_shot", "flashinfer.two_shot", "flashinfer.mnnvl",
 )  # fmt: skip
 HIDDEN_SIZES = (2048, 2880, 3584, 7168)
 TOKENS = (1, 2, 3, 8, 16, 17, 64, 129, 512)

@@ -59,7 +59,7 @@ def _route(rank: int, num_tokens: int) -> list[Any]:
     native: Any = {"native.one_shot": kernel}
     # NCCL takes one rank per GPU, and gloo's sums cannot be captured.
     other = OneShot(group, Shape(1024, HIDDEN)) if shares_gpus() else None
-    router = Router(native, _plan(), other.all_reduce if other else nccl, PATTERN)
+    router = Router(native, _plan(), other.all_reduce if other else nccl, PATTERN, 2**20)
     x, residual = inputs[0].clone(), inputs[1].clone()
     call = {
         "input": x, "norm_out": x, "residual_in": residual, "residual_out": residual,

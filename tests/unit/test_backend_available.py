@@ -17,7 +17,7 @@ from fusewise.node import Fingerprint
 BACKENDS = {name: backend_class(name) for name in all_ids()}
 GPU_IDS = ids_for("cuda")
 PEERS_ONLY = [name for name in GPU_IDS if name != baseline_id("cuda")]
-FLASHINFER = ("flashinfer.one_shot", "flashinfer.two_shot", "custom")
+FLASHINFER = ("flashinfer.one_shot", "flashinfer.two_shot", "flashinfer.mnnvl", "custom")
 SWITCHES = (
     "TORCH_SYMMMEM", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF", "NCCL_WIN_ENABLE",
     "NCCL_CUMEM_ENABLE", "CUDA_HOME", "CUDA_PATH", "FLASHINFER_NVCC",
@@ -98,6 +98,8 @@ CASES: list[tuple[str, dict[str, Any], str | None]] = [
     ("flashinfer.two_shot", {"flashinfer": "0.6.10"}, "too old"),
     ("flashinfer.two_shot", {"flashinfer": "0.7.0rc1"}, None),
     ("flashinfer.two_shot", {"flashinfer": None}, None),
+    ("flashinfer.mnnvl", {"multicast": False}, "multicast is absent or switched off"),
+    ("flashinfer.mnnvl", {"sm": 120}, "sm_90"),
     ("custom", {"world_size": 6}, None),
     ("custom", {"world_size": 16}, "16"),
     ("custom", {"sm": 75}, "sm_80"),

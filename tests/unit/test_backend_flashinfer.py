@@ -13,6 +13,7 @@ import torch
 
 from fusewise.backends import flashinfer, flashinfer_limits
 from fusewise.backends.base import Backend
+from fusewise.backends.flashinfer_mnnvl import Mnnvl
 from fusewise.backends.norm import residual_rms_norm
 from fusewise.errors import InputError, UnavailableError
 from fusewise.shape import DType, Shape
@@ -29,7 +30,7 @@ def fakes(monkeypatch: pytest.MonkeyPatch) -> Fakes:
     return made
 
 
-@pytest.mark.parametrize("kind", [flashinfer.OneShot, flashinfer.TwoShot])
+@pytest.mark.parametrize("kind", [flashinfer.OneShot, flashinfer.TwoShot, Mnnvl])
 def test_flashinfer_fuses(fakes: Fakes, kind: type[Backend]) -> None:
     backend = kind(MirrorGroup(), MAX)  # type: ignore[arg-type]
     x, residual, weight = rows(5), rows(6)[:5].contiguous(), rows(1).view(-1)
@@ -40,7 +41,8 @@ def test_flashinfer_fuses(fakes: Fakes, kind: type[Backend]) -> None:
     check_reduces(backend, x)
     for call in fakes.comm.calls:
         assert call["pdl"] and call["at_end"] and call["fp32_acc"]
-        assert call["one_shot"] is (kind.id == "flashinfer.one_shot")
+        own = {"flashinfer.one_shot": True, "flashinfer.two_shot": False, "flashinfer.mnnvl": None}
+        assert call["one_shot"] is own[kind.id]
     assert [call["pattern"] for call in fakes.comm.calls] == [1, 0, 0]
 
 
@@ -93,6 +95,9 @@ def test_flashinfer_closes_the_buffers_flashinfer_keeps(fakes: Fakes) -> None:
         (flashinfer.OneShot, Shape(1, 2048, "float32"), "initialised for bfloat16"),
         (flashinfer.OneShot, Shape(1, 2048, "float16"), None),
         (flashinfer.OneShot, Shape(1, 2044), "no multiple of 16"),
+        (Mnnvl, Shape(1, 2048), None),
+        (Mnnvl, Shape(64, 2048), None),
+        (Mnnvl, Shape(65, 2048), "needs 266240 bytes of workspace, has 262144"),
     ],
 )
 def test_flashinfer_limits(
@@ -153,6 +158,33 @@ def test_flashinfer_two_shot_has_room_for_input_and_sum(
     buffer_bytes = world_size * made["max_token_num"] * made["hidden_dim"] * 2
     assert buffer_bytes >= 2 * shape.message_bytes
     assert made["group"] is group.process_group
+
+
+@pytest.mark.parametrize("num_tokens", [129, 255, 1023])
+def test_mnnvl_has_room_for_tokens_rounded_up_to_the_ranks(fakes: Fakes, num_tokens: int) -> None:
+    """Above 1 MiB over all ranks it runs in two stages, with whole rounds of tokens."""
+    largest = Shape(num_tokens, 4096)
+    backend = Mnnvl(MirrorGroup(8), largest)  # type: ignore[arg-type]
+    assert backend.admits(largest) is None
+    backend.close()
+    assert backend._workspace is None
+    assert fakes.comm.released == []  # trtllm's table of buffers is none of its business
+
+
+def test_mnnvl_without_a_multicast_address_is_not_built(
+    fakes: Fakes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tests.provider_fakes.MnnvlWorkspace.mc_ptr", 0)
+    with pytest.raises(UnavailableError, match="no multicast address"):
+        Mnnvl(MirrorGroup(), MAX)  # type: ignore[arg-type]
+
+
+def test_mnnvl_asks_for_memory_before_the_collective(fakes: Fakes) -> None:
+    fakes.free = 3 * 2**20  # three buffers, each for one-shot up to 1 MiB over all ranks
+    assert Mnnvl(MirrorGroup(), MAX).admits(MAX) is None  # type: ignore[arg-type]
+    fakes.free -= 1
+    with pytest.raises(UnavailableError, match="memory"):
+        Mnnvl(MirrorGroup(), MAX)  # type: ignore[arg-type]
 
 
 def test_fakes_have_flashinfers_parameters() -> None:

@@ -162,7 +162,8 @@ def test_the_norm_matches_torchs_own() -> None:
 
 
 def test_names_of_backends_and_providers() -> None:
-    assert select(["flashinfer"]) == {"flashinfer.one_shot", "flashinfer.two_shot"}
+    flashinfer = {"flashinfer.one_shot", "flashinfer.two_shot", "flashinfer.mnnvl"}
+    assert select(["flashinfer"]) == flashinfer
     assert select(["native.one_shot", "nccl"]) == {"native.one_shot", "nccl"}
     assert select([]) == set()
     assert baseline_id("cuda") == ids_for("cuda")[0] == "nccl"

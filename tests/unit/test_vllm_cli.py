@@ -18,6 +18,7 @@ from fusewise.engines.plugin import probe_apart
 from fusewise.engines.vllm.dispatch import VllmSettings
 from fusewise.engines.vllm.engine import settings_on
 from fusewise.engines.vllm.patch import TABLE_FILE, table_patch
+from fusewise.engines.vllm.seams import CONFIG_SEAMS, WORKER_SEAMS
 from fusewise.errors import InputError, UnavailableError
 from fusewise.node import Fingerprint
 
@@ -79,6 +80,40 @@ def test_check_reads_vllms_own_switches() -> None:
     assert (explicit["cap with fusewise"], explicit["answered by"]) == (
         "393216 (384K)", "environment (explicit)",
     )  # fmt: skip
+
+
+def _write_seams(folder: Path, but_for: str) -> None:
+    """A vllm of nothing but the places the plugin touches."""
+    owners: dict[tuple[str, str], list[str]] = {}
+    for seam in (*CONFIG_SEAMS, *WORKER_SEAMS):
+        owner, _, name = seam.name.rpartition(".")
+        takes = None if seam.takes is None else ", ".join(seam.takes)
+        line = f"{name} = 1" if takes is None else f"def {name}({takes}): ..."
+        if seam.name != but_for:
+            owners.setdefault((seam.module, owner), []).append(line)
+    for (module, owner), lines in owners.items():
+        file = folder / (module.replace(".", "/") + ".py")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with file.open("a", encoding="utf-8") as text:
+            text.write(f"class {owner or 'Nobody'}:\n    " + "\n    ".join(lines) + "\n")
+    (folder / "vllm" / "__init__.py").touch()
+
+
+@pytest.mark.parametrize("moved", [False, True])
+def test_check_looks_for_the_seams_of_a_release_nobody_read(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, moved: bool
+) -> None:
+    """The newest tables stand for it, said so; where a seam has moved the plugin does nothing."""
+    _write_seams(tmp_path, "CudaCommunicator.all_reduce" if moved else "")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "0.34.1")
+    result = run("check", *SEED[2:], "--format", "json")
+    found = facts(result)
+    assert "vLLM 0.34.1 was not read; the tables of 0.33 stand for it" in result.stderr
+    assert found["cap with fusewise"] == "262144 (256K)"
+    words = "the plugin does nothing: this vLLM has moved"
+    assert (words in result.stderr) == moved
+    assert ("CudaCommunicator.all_reduce" in result.stderr) == moved
 
 
 def test_check_lists_token_caps() -> None:
@@ -197,17 +232,18 @@ def test_more_ranks_than_gpus_span_nodes() -> None:
     for ranks, nodes in [(2, 1), (3, 2), (4, 2), (8, 4)]:
         run_probe = [sys.executable, "-c", code, str(ranks)]
         done = subprocess.run(run_probe, capture_output=True, text=True, check=True, timeout=60)
-        assert json.loads(done.stdout)["nodes"] == nodes
+        assert json.loads(done.stdout.splitlines()[0])["nodes"] == nodes
 
 
 def test_the_probe_runs_in_a_process_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    probe_apart.cache_clear()
+    vllm_node._probed.cache_clear()
     assert probe_apart(2).world_size == 2
-    probe_apart.cache_clear()
+    assert vllm_node.torch_multicast_apart(2) is False
+    vllm_node._probed.cache_clear()
     monkeypatch.setattr("sys.executable", "/nowhere/python")
     with pytest.raises(UnavailableError, match="could not be probed"):
         probe_apart(2)
-    probe_apart.cache_clear()
+    vllm_node._probed.cache_clear()
 
 
 def test_the_documents_example_is_what_check_prints() -> None:

@@ -11,8 +11,9 @@ from fusewise.backends.norm import residual_rms_norm
 from fusewise.engines.vllm.dispatch import VllmSettings
 from fusewise.engines.vllm.router import choices_here, full_cap
 from fusewise.errors import RankTimeoutError
+from fusewise.profiles.bands import Plan, Table
 from fusewise.profiles.plan import derive
-from tests.vllm_fakes import HIDDEN, MIB, World, fused_call, tp2_profile
+from tests.vllm_fakes import HIDDEN, KIB, MIB, NARROW, World, band, fused_call, tp2_profile
 
 VLLM = VllmSettings(version="0.22.1", sm=90, world_size=2, multicast=False)
 
@@ -130,14 +131,32 @@ def test_full_cap_stays_within_flashinfers_workspace() -> None:
     assert full_cap(eight, settings, 2048) == 8 * MIB
 
 
-def test_shapes_our_kernel_refuses_go_to_the_original(world: World) -> None:
-    world.ours.most_tokens = 16
-    world.router.fused(world.original, **fused_call(16))
-    world.router.fused(world.original, **fused_call(17))
-    assert (world.ours.calls, len(world.originals)) == (["in place"], 1)
+def test_the_narrow_cap_rules_where_our_kernel_refuses(world: World) -> None:
+    """Up to there FlashInfer's kernel never loses; beyond, it is what `cap` took away."""
+    world.ours.most_tokens = 12
+    ran = []
+    for num_tokens in (12, 13, NARROW // 128, NARROW // 128 + 1):
+        before = len(world.originals), len(world.ours.calls), len(world.plains)
+        world.router.fused(world.original, **fused_call(num_tokens))
+        after = len(world.originals), len(world.ours.calls), len(world.plains)
+        ran.append([now - then for now, then in zip(after, before, strict=True)])
+    assert ran == [[0, 1, 0], [1, 0, 0], [1, 0, 0], [0, 0, 1]]
     large = torch.ones(17, HIDDEN, dtype=torch.bfloat16)
     assert torch.equal(world.router.all_reduce(large), large * 2)
-    assert len(world.plains) == 1
+    assert len(world.plains) == 2
+
+
+@pytest.mark.parametrize(("variant", "selected"), [("v2", 1), ("gone", 0)])
+def test_a_plan_may_name_a_variant_of_our_kernel(variant: str, selected: int) -> None:
+    """A tune names the fastest launch of a kernel as a path; one that has gone runs as it is."""
+    world = World()
+    bands = (band(0, None, f"native.one_shot:{variant}"),)
+    table = Table("all_reduce_rms_norm", HIDDEN, bands, 128, 8 * KIB)
+    world.router.plan = Plan("bfloat16", "flashinfer.one_shot", (table,), "test")
+    for _ in range(2):
+        world.router.fused(world.original, **fused_call(16))
+    assert world.ours.calls == ["in place", "in place"]
+    assert world.ours.selected == [f"all_reduce_rms_norm 16 {variant}"] * selected
 
 
 @pytest.mark.parametrize("name", ["input", "residual_in", "rms_gamma"])

@@ -16,95 +16,11 @@ from typing import Any
 
 import pytest
 
+from tests.vllm_scenarios import MIB, SCENARIOS, homes_in
+
 TESTS = Path(__file__).resolve().parents[1]
 SOURCES = TESTS.parent / ".cache" / "vllm-sources"
 VERSIONS = ("0.22.1", "0.33.0")
-KIB, MIB = 2**10, 2**20
-
-NCCL_ON = {"environ": {"VLLM_USE_NCCL_SYMM_MEM": "1"}}
-SCENARIOS: dict[str, dict[str, Any]] = {
-    "seed": {},
-    "seed, hidden 4096": {"hidden_size": 4096},
-    "seed, hidden 7168": {"hidden_size": 7168},
-    "as it comes": {"environ": {"VLLM_FLASHINFER_ALLREDUCE_BACKEND": "auto"}},
-    "as it comes, nccl": {"environ": {"VLLM_FLASHINFER_ALLREDUCE_BACKEND": "auto",
-                                      "VLLM_USE_NCCL_SYMM_MEM": "1"}},
-    "no multicast": {"multicast": False},
-    "nccl symmetric memory": NCCL_ON,
-    "nccl symmetric memory, no multicast": {**NCCL_ON, "multicast": False},
-    "user's cap": {"field_mb": 0.375},
-    "off": {"environ": {"FUSEWISE_VLLM": "off"}},
-    "unknown mode": {"environ": {"FUSEWISE_VLLM": "on"}},
-    "loaded twice": {"loads": 2},
-    "tp 1": {"world_size": 1},
-    "tp 2": {"world_size": 2},
-    "tp 2, losing": {"world_size": 2, "multicast": False, "profile": "losing"},
-    "tp 2, never winning": {"world_size": 2, "multicast": False, "profile": "never"},
-    "full": {"world_size": 2, "multicast": False, "profile": "native",
-             "environ": {"FUSEWISE_VLLM": "full"}},
-    "full without native": {"environ": {"FUSEWISE_VLLM": "full"}},
-    "no flashinfer": {"flashinfer": False},
-    "unknown version": {"version": "0.99.0"},
-    "changed table": {"live_cap_mb": 0.75},
-    "moved seam": {"moved": "no_such_thing"},
-    "probe fails": {"probe_fails": True},
-    "two nodes": {"nodes": 2},
-    "broken profile": {"profile": "broken"},
-    "profile named but missing": {"environ": {"FUSEWISE_PROFILE": "/nowhere/profile.json"}},
-    "another GPU": {"sm": 100},
-    "no fusion on it": {"sm": 80},
-}  # fmt: skip
-
-
-def _profile_text(kind: str) -> str:
-    """A stored profile of the simulated two-rank node."""
-    if kind == "broken":
-        return '{"schema_version": 1, "provenance": {'
-    fused = {"losing": 50.0, "never": 50.0, "native": 50.0}[kind]
-    sizes = [4 * MIB, 8 * MIB, 64 * MIB]
-    samples = []
-    for size in sizes:
-        tokens = size // 4096
-        wins = kind != "never" and size == 4 * MIB
-        flash = "flashinfer.one_shot" if size <= 32 * MIB else "flashinfer.two_shot"
-        own = "custom + rms_norm" if size < 8 * MIB else "nccl + rms_norm"
-        times = {flash: 30.0 if wins else fused, own: 40.0}
-        if kind == "native":
-            times["native.one_shot"] = 20.0 if size <= 8 * MIB else 45.0
-        samples += [
-            {"path": p, "num_tokens": tokens, "hidden_size": 2048, "times_us": [t] * 3}
-            for p, t in times.items()
-        ]
-    names = sorted({str(s["path"]) for s in samples})
-    paths = [{"name": n, "provider": "test", "fused": "rms_norm" not in n} for n in names]
-    mark = {"device_type": "cuda", "device": "NVIDIA H200", "sm": 90, "world_size": 2,
-            "fabric": "nv18", "flashinfer": "0.6.11.post2"}  # fmt: skip
-    head = {"origin": "measured", "source": "test", "created": "2026-01-01", "fusewise": "0"}
-    return json.dumps({
-        "schema_version": 1, "provenance": head, "fingerprint": mark, "dtype": "bfloat16",
-        "baseline": "nccl + rms_norm", "paths": paths, "samples": samples,
-    })  # fmt: skip
-
-
-def _homes(folder: Path) -> dict[str, str]:
-    """kind → a FUSEWISE_HOME that holds that profile under the node's name."""
-    from fusewise.node import Fingerprint
-    from fusewise.profiles.schema import profile_file_name
-
-    homes = {}
-    for kind, world_size, multicast in [
-        ("losing", 2, False), ("never", 2, False), ("native", 2, False), ("broken", 8, True),
-    ]:  # fmt: skip
-        node = Fingerprint(
-            device_type="cuda", device="NVIDIA H200", sm=90, world_size=world_size,
-            fabric="nv18", multicast=multicast,
-        )  # fmt: skip
-        home = folder / kind / "profiles"
-        home.mkdir(parents=True, mode=0o700)
-        name = profile_file_name(node, "bfloat16")
-        (home / name).write_text(_profile_text(kind), encoding="utf-8")
-        homes[kind] = str(home.parent)
-    return homes
 
 
 @pytest.fixture(scope="module", params=VERSIONS)
@@ -114,7 +30,7 @@ def outcome(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     if not (SOURCES / version / ".complete").exists():
         pytest.skip(f"vLLM {version}'s sources are not here: python tests/vllm_sources.py")
     folder = tmp_path_factory.mktemp("homes")
-    homes = _homes(folder)
+    homes = homes_in(folder)
     asked = []
     for scenario in SCENARIOS.values():
         entry = {**scenario}
@@ -145,6 +61,8 @@ def outcome(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
         ("nccl symmetric memory, no multicast", 131072, 32),
         ("tp 2", 64 * MIB, None),
         ("tp 2, losing", 4 * MIB, 1024),
+        ("full", 4 * MIB, 1024),
+        ("rebuilt", 262144, 64),
         ("full without native", 262144, 64),
     ],
 )
@@ -177,7 +95,7 @@ def test_times_of_trtllm_do_not_decide_where_vllm_fuses_with_mnnvl(
     (line,) = result["log"]
     mnnvl = outcome["version"] == "0.33.0"
     assert result["cap_bytes"] == (524288 if mnnvl else measured)
-    assert result["plain_flashinfer_mb"] == result["cap_bytes"] / MIB
+    assert result["plain_flashinfer_mb"] == 0.5  # 0.22 does not ask it, 0.33's cap stays
     assert ("mnnvl, not measured" in line) == mnnvl
 
 
@@ -190,7 +108,8 @@ def test_a_users_setting_wins_and_is_named(outcome: Any) -> None:
 
 
 def test_plain_flashinfer_reads_the_lowered_table_in_a_worker(outcome: Any) -> None:
-    assert outcome["seed"]["plain_flashinfer_mb"] == 0.25
+    asked = outcome["version"] == "0.33.0"  # where nobody reads it, it stays as it was
+    assert outcome["seed"]["plain_flashinfer_mb"] == (0.25 if asked else 0.5)
     assert outcome["no multicast"]["plain_flashinfer_mb"] == 0.5
     assert outcome["user's cap"]["plain_flashinfer_mb"] == 0.5
     assert outcome["off"]["plain_flashinfer_mb"] == 0.5
@@ -218,18 +137,22 @@ def test_silent_where_vllm_does_not_fuse(outcome: Any, name: str) -> None:
     ("name", "words"),
     [
         ("unknown mode", "expected cap, full, off"),
-        ("unknown version", "0.99.0"),
+        ("a version before all that were read", "0.19.1"),
         ("changed table", "not the one known"),
         ("moved seam", "no_such_thing"),
         ("probe fails", "could not be probed"),
         ("two nodes", "one node"),
+        ("rebuilt after a fault", "could not be probed"),
+        ("nonsense", "VLLM_USE_NCCL_SYMM_MEM"),
+        ("no size", "FUSEWISE_CAP"),
     ],
 )
 def test_one_line_and_vllm_as_it_was(outcome: Any, name: str, words: str) -> None:
+    """One: whoever builds the config again, in a worker too, does not decide anew."""
     result = outcome[name]
-    assert len(set(result["log"])) == 1
-    assert result["log"][0].startswith("WARNING")
-    assert words in result["log"][0]
+    (line,) = result["log"]
+    assert line.startswith("WARNING")
+    assert words in line
     assert (result["field_mb"], result["mark"]) == (None, None)
     assert result["fuses"]
 
@@ -250,13 +173,61 @@ def test_a_cap_of_nothing_turns_the_fusion_off(outcome: Any) -> None:
 
 
 def test_full_mode_marks_the_config_for_the_workers(outcome: Any) -> None:
+    """The narrow cap is in force; the wide one waits until all ranks have taken it up."""
     full = outcome["full"]
-    assert full["mark"] == {"mode": "full", "cap_mb": full["cap_bytes"] / MIB}
-    assert 8 * MIB <= full["cap_bytes"] < 64 * MIB  # native wins to 8 MiB, NCCL at 64
-    assert full["plain_flashinfer_mb"] == 64  # full mode routes plain all-reduces itself
+    assert (full["mark"]["mode"], full["mark"]["cap_mb"]) == ("full", 4)
+    assert 8 <= full["mark"]["wide_mb"] < 64  # native wins to 8 MiB, NCCL at 64
+    assert full["worker_cap_bytes"] == int(full["mark"]["wide_mb"] * MIB)
+    assert full["endpoints"] == [1024, 8192]
+    assert full["worker_endpoints"] == [8192]  # every batch lies within the wide one
     without = outcome["full without native"]
     assert without["mark"]["mode"] == "cap"
     assert "native" in without["log"][0]
+
+
+def test_without_the_pass_others_still_read_the_table(outcome: Any) -> None:
+    """-O0, -O1 and an explicit false leave plain FlashInfer and models fused by hand."""
+    newer = outcome["version"] == "0.33.0"
+    for name, reads in [("-O0", newer), ("-O0, plain FlashInfer on", True)]:
+        result = outcome[name]
+        assert (result["fuses"], result["field_mb"], result["endpoints"]) == (False, None, [8192])
+        assert result["plain_flashinfer_mb"] == (0.25 if reads else 0.5)
+        assert len(result["log"]) == (1 if reads else 0)
+    assert outcome["-O0, no flashinfer"]["log"] == []
+
+
+def test_batch_invariance_is_vllms_own_affair(outcome: Any) -> None:
+    """From 0.29 on it turns the fusion off; before, it takes away what would be faster."""
+    result = outcome["batch invariant"]
+    newer = outcome["version"] == "0.33.0"
+    assert (result["fuses"], result["cap_bytes"]) == (not newer, 524288)
+    assert len(result["log"]) == (0 if newer else 1)
+
+
+def test_nccls_switch_does_not_take_multicast_from_symmetric_memory(outcome: Any) -> None:
+    result = outcome["NCCL without multicast"]
+    assert result["cap_bytes"] == 262144
+    assert "multimem takes over" in result["log"][-1]
+
+
+def test_a_newer_release_is_taken_for_the_newest_that_was_read(outcome: Any) -> None:
+    result = outcome["a version after all that were read"]
+    assert result["cap_bytes"] == 262144
+    warning, _ = result["log"]
+    assert warning.startswith("WARNING")
+    assert "0.99.0 was not read; the tables of 0.33 stand for it" in warning
+
+
+def test_where_every_rank_decides_nothing_is_set_before_all_agree(outcome: Any) -> None:
+    result = outcome["external launcher"]
+    assert (result["field_mb"], result["endpoints"]) == (None, [128, 8192])
+    assert (result["worker_cap_bytes"], result["worker_endpoints"]) == (262144, [64, 8192])
+    assert result["plain_flashinfer_mb"] == (0.25 if outcome["version"] == "0.33.0" else 0.5)
+
+
+def test_every_outcome_is_marked(outcome: Any) -> None:
+    unmarked = [name for name, r in outcome.items() if isinstance(r, dict) and not r["marked"]]
+    assert unmarked == ["off", "unknown mode", "a version before all that were read", "moved seam"]
 
 
 def test_blackwell_keeps_its_cap(outcome: Any) -> None:

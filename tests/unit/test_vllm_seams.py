@@ -109,6 +109,27 @@ def test_differences_between_two_releases_are_named_one_by_one() -> None:
     assert vllm_sources.differences(RECORD["0.33.0"], RECORD["0.33.0"]) == []
 
 
+def test_a_new_release_is_one_command(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """0.33 under another name: recorded, and compared with the newest that was."""
+    folder = vllm_sources.unpacked("0.33.0")
+    if folder is None:
+        pytest.skip("vLLM 0.33.0 is not unpacked: python tests/vllm_sources.py")
+    (tmp_path / "0.34.0").symlink_to(folder)
+    for name, path in (("FOLDER", tmp_path), ("RECORD", tmp_path / "record.json")):
+        monkeypatch.setattr(vllm_sources, name, path)
+    vllm_sources.write({"0.32.0": RECORD["0.32.0"]})
+    assert vllm_sources.add("0.34.0") == 0
+    said = capsys.readouterr().out
+    assert "vLLM 0.34.0 against 0.32.0:" in said
+    changed = vllm_sources.differences(RECORD["0.32.0"], RECORD["0.33.0"])
+    assert changed
+    assert all(line in said for line in changed)
+    record = json.loads((tmp_path / "record.json").read_text("utf-8"))
+    assert record == {"0.32.0": RECORD["0.32.0"], "0.34.0": RECORD["0.33.0"]}
+
+
 @pytest.fixture
 def somewhere(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
     module = types.ModuleType("somewhere")

@@ -9,7 +9,7 @@ One workspace per strategy, so that the state of one never meets the other. Know
 - Under programmatic dependent launch the kernels load ``residual`` before they wait for the
   kernel ahead of them. A kernel ahead that triggers early and writes ``residual`` last races.
 
-Never the backends ``mnnvl`` or ``auto``.
+Never FlashInfer's backend ``mnnvl``, which is ``flashinfer_mnnvl.py``'s, and never ``auto``.
 """
 
 from __future__ import annotations
@@ -40,18 +40,21 @@ if TYPE_CHECKING:
     from fusewise.shape import Shape
 
 
-class _FlashInfer(Backend):
+class FlashInfer(Backend):
+    """What FlashInfer's kernels share. One workspace each, sized in elements."""
+
     provider = "flashinfer"
     fused = True
     # allreduce_sum: fp32 in rank order with fp32_acc, then rounded before the residual is added.
     numerics = Numerics(accumulation="float32", order="rank", rounds_sum=True)
     takes_no_residual = False
     takes_weight_bias = False
-    one_shot: ClassVar[bool]
+    module: ClassVar[str] = "trtllm_comm"  # of kernels, as FlashInfer names what it compiles
+    one_shot: ClassVar[bool | None]  # None: FlashInfer chooses
 
     @classmethod
     def available(cls, node: Fingerprint) -> str | None:
-        reason = package_reason(node, "trtllm_comm") or not_on_one_host(node.nodes, node.world_size)
+        reason = package_reason(node, cls.module) or not_on_one_host(node.nodes, node.world_size)
         if reason:
             return reason
         if (node.sm or 0) // 10 not in (9, 10):
@@ -64,7 +67,7 @@ class _FlashInfer(Backend):
         super().__init__(group, max_shape)
         self._elements = workspace_elements(max_shape, group.world_size)
         self._workspace: Any = None
-        self._comm = together(group, f"{self.id}: load kernels", _load)
+        self._comm = together(group, f"{self.id}: load kernels", self._load)
         group.agree(f"{self.id}: workspace size", [self._elements, max_shape.dtype])
         # Inside the provider's own collective nobody votes: the likeliest failure is asked before.
         together(group, f"{self.id}: memory", self._check_memory)
@@ -76,6 +79,15 @@ class _FlashInfer(Backend):
         parameters = inspect.signature(self._comm.allreduce_fusion).parameters
         self.takes_weight_bias = "weight_bias" in parameters
 
+    @staticmethod
+    def _load() -> Any:
+        """Imports FlashInfer and compiles or loads its kernels: what can fail on one rank alone."""
+        from flashinfer import comm
+        from flashinfer.comm.trtllm_ar import get_trtllm_comm_module
+
+        get_trtllm_comm_module()
+        return comm
+
     def _workspace_rows(self) -> int:
         rows = self._elements // WORKSPACE_ROW
         # Two-shot stages input and sum: 2 · message bytes in a buffer of world_size · elements ·
@@ -84,10 +96,13 @@ class _FlashInfer(Backend):
         staged = -(-message_bytes // (self.group.world_size * WORKSPACE_ROW))
         return rows if self.one_shot else max(rows, staged)
 
-    def _check_memory(self) -> None:
+    def _needed_bytes(self) -> int:
         elements = self.group.world_size * self._workspace_rows() * WORKSPACE_ROW
         # The staging buffer is of 2-byte words; the Lamport buffer has three turns of the dtype's.
-        needed = elements * (2 + 3 * ELEMENT_BYTES[self.max_shape.dtype])
+        return elements * (2 + 3 * ELEMENT_BYTES[self.max_shape.dtype])
+
+    def _check_memory(self) -> None:
+        needed = self._needed_bytes()
         free, _ = torch.cuda.mem_get_info(self.group.device)
         if needed > free:
             raise UnavailableError(
@@ -117,7 +132,7 @@ class _FlashInfer(Backend):
         # Empty slots hold -0.0 of the workspace's word size; 32-bit words do not read 16-bit ones.
         if (shape.dtype == "float32") != (self.max_shape.dtype == "float32"):
             return f"its workspace was initialised for {self.max_shape.dtype}"
-        if not self.one_shot and shape.num_tokens <= self.group.world_size:
+        if self.one_shot is False and shape.num_tokens <= self.group.world_size:
             return f"two-shot needs more than {self.group.world_size} tokens"
         elements = shape.num_tokens * shape.hidden_size
         if elements > self._elements:
@@ -200,23 +215,14 @@ class _FlashInfer(Backend):
             workspace.destroy()
 
 
-def _load() -> Any:
-    """Imports FlashInfer and compiles or loads its kernels: what can fail on one rank alone."""
-    from flashinfer import comm
-    from flashinfer.comm.trtllm_ar import get_trtllm_comm_module
-
-    get_trtllm_comm_module()
-    return comm
-
-
-class OneShot(_FlashInfer):
+class OneShot(FlashInfer):
     """Every rank pushes its rows to all peers, which sum, add and normalise as rows arrive."""
 
     id = "flashinfer.one_shot"
     one_shot = True
 
 
-class TwoShot(_FlashInfer):
+class TwoShot(FlashInfer):
     """Each rank sums the rows it owns and stores them to all peers; two barriers between."""
 
     id = "flashinfer.two_shot"

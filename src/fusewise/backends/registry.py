@@ -27,6 +27,7 @@ _CUDA = {
     "custom": "custom:Custom",
     "flashinfer.one_shot": "flashinfer:OneShot",
     "flashinfer.two_shot": "flashinfer:TwoShot",
+    "flashinfer.mnnvl": "flashinfer_mnnvl:Mnnvl",
     "native.one_shot": "native.strategies:OneShot",
     "native.two_shot": "native.strategies:TwoShot",
 }

@@ -33,12 +33,14 @@ from fusewise.engines.audit import audit as audit_profile
 from fusewise.engines.base import HIDDEN_SIZES
 from fusewise.engines.cap import CapDecision, decide_cap
 from fusewise.engines.plugin import explicit_cap, mode
+from fusewise.engines.vllm import on_disk
 from fusewise.engines.vllm.dispatch import VllmSettings
 from fusewise.engines.vllm.engine import settings_on
 from fusewise.engines.vllm.patch import TABLE_FILE, evidence, table_patch
+from fusewise.engines.vllm.seams import CONFIG_SEAMS, WORKER_SEAMS
 from fusewise.engines.vllm.tables import known_version
 from fusewise.errors import InputError
-from fusewise.node import Fingerprint
+from fusewise.node import Fingerprint, torch_multicast
 from fusewise.profiles.store import Resolution
 from fusewise.report.table import Column, Section
 from fusewise.shape import format_size, parse_dtype, tokens_at
@@ -84,7 +86,9 @@ def check(
     found = resolve(profile, dtype, tp, strict)
     tell(found.notes)
     node = found.profile.fingerprint if found.profile else this_node(tp)
-    settings = settings_on(_version(version), node, parse_dtype(dtype), os.environ, {})
+    here = found.level not in ("argument", "flag", "environment")
+    flags = {"multicast": torch_multicast()} if here else {}
+    settings = settings_on(_version(version), node, parse_dtype(dtype), os.environ, flags)
     decision = decide_cap(
         found.profile, settings, explicit=explicit_cap(os.environ), profile_level=found.level
     )
@@ -113,7 +117,21 @@ def _version(asked: str | None) -> str:
             "vLLM is not installed here", hint="Pass --version, such as --version 0.33."
         ) from None
     tell([warning] if warning else [])
+    tell([] if asked else _moved_seams())
     return known
+
+
+def _moved_seams() -> list[str]:
+    """A line for each reason why the plugin would do nothing in the installed vLLM."""
+    folder = _installed()
+    moved = on_disk.moved((*CONFIG_SEAMS, *WORKER_SEAMS), folder) if folder else []
+    return [f"the plugin does nothing: this vLLM has moved {fault}" for fault in moved]
+
+
+def _installed() -> Path | None:
+    """The folder that holds the installed ``vllm``."""
+    spec = importlib.util.find_spec("vllm")
+    return None if spec is None or spec.origin is None else Path(spec.origin).parents[1]
 
 
 def _token_cap(found: Resolution, settings: VllmSettings, hidden_size: int) -> dict[str, object]:
@@ -194,12 +212,9 @@ def patch(
 
 
 def _table_text(source: Path | None) -> str:
-    folder = source
+    folder = source or _installed()
     if folder is None:
-        spec = importlib.util.find_spec("vllm")
-        if spec is None or spec.origin is None:
-            raise InputError("vLLM is not installed here", hint="Pass --source FOLDER.")
-        folder = Path(spec.origin).parents[1]
+        raise InputError("vLLM is not installed here", hint="Pass --source FOLDER.")
     try:
         return (folder / TABLE_FILE).read_text(encoding="utf-8")
     except OSError as error:

@@ -21,12 +21,13 @@ MODES = ("cap", "full", "off")
 # Fewer GPUs here than ranks: the group spans nodes, or was told that it shares them.
 _PROBE = """
 import sys
-from fusewise.node import gpu_count, probe
+from fusewise.node import gpu_count, probe, torch_multicast
 from fusewise.ranks.place import shares_gpus
 ranks, gpus = int(sys.argv[1]), gpu_count()
 shared = shares_gpus() and ranks > gpus > 0
 nodes = -(-ranks // gpus) if gpus and not shared else 1
 print(probe(ranks, nodes=nodes, shared=shared).model_dump_json())
+print(int(torch_multicast() and not shared))
 """
 _PROBE_TIMEOUT_S = 60.0  # a cold driver takes a few seconds
 
@@ -53,16 +54,34 @@ def explicit_cap(environ: Mapping[str, str], flag: str | None = None) -> Explici
     if flag is not None:
         return ExplicitCap(parse_size(flag), "flag")
     named = environ.get("FUSEWISE_CAP")
-    return ExplicitCap(parse_size(named), "environment") if named else None
+    if not named:
+        return None
+    try:
+        return ExplicitCap(parse_size(named), "environment")
+    except InputError as error:
+        raise InputError("FUSEWISE_CAP", expected=error.expected, got=error.got) from error
 
 
-@functools.lru_cache(maxsize=8)
 def probe_apart(world_size: int) -> Fingerprint:
     """The node's fingerprint, probed in a process of its own.
 
     Raises:
         UnavailableError: the probe failed or did not end within a minute.
     """
+    return _probed(world_size)[0]
+
+
+def torch_multicast_apart(world_size: int) -> bool:
+    """Whether torch's symmetric memory, hence an engine's, has multicast here; probed likewise.
+
+    Raises:
+        UnavailableError: as ``probe_apart``.
+    """
+    return _probed(world_size)[1]
+
+
+@functools.lru_cache(maxsize=8)
+def _probed(world_size: int) -> tuple[Fingerprint, bool]:
     command = [sys.executable, "-c", _PROBE, str(world_size)]
     try:
         done = subprocess.run(
@@ -70,4 +89,5 @@ def probe_apart(world_size: int) -> Fingerprint:
         )
     except (subprocess.SubprocessError, OSError) as error:
         raise UnavailableError("the node could not be probed", got=str(error)) from error
-    return Fingerprint.model_validate_json(done.stdout)
+    node, multicast = done.stdout.splitlines()[-2:]
+    return Fingerprint.model_validate_json(node), multicast == "1"

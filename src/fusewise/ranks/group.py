@@ -85,7 +85,8 @@ class Group:
         return found
 
     def _open_store(self) -> Store:
-        members = "-".join(map(str, self.ranks))
+        # torch's name is part of it: ranks may have used groups of these members unequally often.
+        members = "/".join([self.name, "-".join(map(str, self.ranks))])
         use = _uses[members] = _uses.get(members, 0) + 1
         root = dist.distributed_c10d._get_default_store()
         return dist.distributed_c10d.PrefixStore(f"fusewise/{members}/{use}", root)
@@ -159,6 +160,52 @@ class Group:
             f"rank {r}: {e}" for r, e in zip(self.ranks, errors, strict=True) if e is not None
         ]
         return f"{phase}: {'; '.join(failed)}" if failed else None
+
+    def unanimous(self, phase: str, value: Any, fault: BaseException | str | None = None) -> None:
+        """Returns on all ranks or on none: each came in time, without a fault, with one ``value``.
+
+        Rank 0 judges, and a verdict is written once: a rank that waited in vain puts a refusal in
+        its place, and whoever comes late finds what stands there. So no rank goes ahead alone. A
+        rank waits at most twice ``timeout_s``.
+
+        Raises:
+            DisagreementError: who is missing, at fault or of another opinion; on every rank.
+        """
+        self._turn += 1
+        verdict = f"{self._turn}/verdict"
+        mine = [phase, value, None if fault is None else _brief(fault)]
+        self._store.set(f"{self._turn}/{self.rank}", json.dumps(mine))
+        refusal = self._judged(phase, value) if self.rank == 0 else self._awaited(verdict)
+        stands = json.loads(self._store.compare_set(verdict, "", json.dumps(refusal)))
+        if stands:
+            raise DisagreementError(f"{self}: not all ranks could go ahead with {phase}: {stands}")
+
+    def _judged(self, phase: str, value: Any) -> str:
+        """Why not all can go ahead; nothing when all can."""
+        keys = [f"{self._turn}/{rank}" for rank in range(self.world_size)]
+        try:
+            self._store.wait(keys, timedelta(seconds=self.timeout_s))
+        except RuntimeError:  # as in gather
+            missing = [self.ranks[r] for r, key in enumerate(keys) if not self._has(key)]
+            return f"no answer from ranks {missing} within {self.timeout_s:g} s"
+        told = [json.loads(self._store.get(key)) for key in keys]
+        faults = {r: fault for r, (_, _, fault) in zip(self.ranks, told, strict=True) if fault}
+        if faults:
+            return "; ".join(f"rank {r}: {fault}" for r, fault in faults.items())
+        mine = json.loads(json.dumps([phase, value]))
+        if any([at, other] != mine for at, other, _ in told):
+            values = ((r, other) for r, (_, other, _) in zip(self.ranks, told, strict=True))
+            return "; ".join(f"rank {r} says {other}" for r, other in values)
+        return ""
+
+    def _awaited(self, verdict: str) -> str:
+        """What to put in the verdict's place if it never came."""
+        wait_s = 2 * self.timeout_s
+        try:
+            self._store.wait([verdict], timedelta(seconds=wait_s))
+        except RuntimeError:  # as in gather
+            return f"rank {self.ranks[self.rank]} heard nothing from rank {self.ranks[0]}"
+        return ""
 
     def __str__(self) -> str:
         return f"group of ranks {self.ranks}"

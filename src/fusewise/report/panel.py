@@ -28,6 +28,7 @@ STYLES: Mapping[str, tuple[str, str]] = {
     "shm.one_shot": ("#332288", "o"),
     "flashinfer.one_shot": ("#CC6677", "o"),
     "flashinfer.two_shot": ("#DDCC77", "s"),
+    "flashinfer.mnnvl": ("#661100", "D"),
     "symm_mem.one_shot": ("#999933", "o"),
     "symm_mem.two_shot": ("#117733", "s"),
     "multimem": ("#AA4499", "D"),

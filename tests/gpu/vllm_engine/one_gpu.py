@@ -3,7 +3,8 @@
 Loaded by vLLM in each of its processes. NCCL takes one rank per GPU, so the process group is gloo's
 and the plain all-reduce torch's one-shot kernel over symmetric memory, which can be captured. Dummy
 weights are scaled so that logits differ, and differ between ranks, so that a sum over the wrong
-ranks shows. Nothing of fusewise is changed; its native calls are counted.
+ranks shows. Nothing of fusewise is changed; its native calls are counted, and where a test asks for
+it one rank cannot take up full mode.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ def register() -> None:
     _stand_in_for_nccl()
     _scaled_weights()
     _count_native_calls()
+    _break_full_mode_on_one_rank()
 
 
 def _all_workers_on_the_first_gpu() -> None:
@@ -109,3 +111,19 @@ def _count_native_calls() -> None:
 
     for name in counts:
         counted(name)
+
+
+def _break_full_mode_on_one_rank() -> None:
+    """On the rank that ``ONE_GPU_BREAKS`` names, if it names one."""
+    if "ONE_GPU_BREAKS" not in os.environ:
+        return
+    from fusewise.engines.vllm import takeover
+
+    side = takeover._side
+
+    def broken(*arguments: Any) -> Any:
+        if dist.get_rank() == int(os.environ["ONE_GPU_BREAKS"]):
+            raise RuntimeError("broken on purpose")
+        return side(*arguments)
+
+    takeover._side = broken

@@ -104,6 +104,15 @@ class VllmSettings(EngineSettings):
             return self.tables.flashinfer_default
         return self.flashinfer_all_reduce
 
+    @property
+    def table_read_elsewhere(self) -> bool:
+        """Whether more than the compilation pass reads the fusion table.
+
+        FlashInfer's plain all-reduce does, unless vLLM holds a size of its own for it, and models
+        that call the fused kernel by hand; both whatever the compilation config says.
+        """
+        return self.tables.hand_fused or (self.flashinfer_active and not self._mnnvl_limit)
+
     def unfused_choice(self, message_bytes: int, hidden_size: int = 0) -> str:
         """The path that runs today where this vLLM does not fuse: all-reduce, then the norm.
 

@@ -10,12 +10,13 @@ from typing import Any, get_args
 
 from fusewise.engines.base import Engine, Flag, FlagValue
 from fusewise.engines.vllm.dispatch import FlashInferBackend, VllmSettings
-from fusewise.engines.vllm.tables import TABLES
+from fusewise.engines.vllm.tables import TABLES, Tables
 from fusewise.errors import InputError, UnavailableError
 from fusewise.node import Fingerprint
 from fusewise.shape import DType
 
 BACKENDS: tuple[str, ...] = get_args(FlashInferBackend)
+_PLAIN = "VLLM_ALLREDUCE_USE_FLASHINFER"
 
 
 def settings_on(
@@ -44,7 +45,6 @@ def settings_on(
             "vLLM's fusion needs the GPUs of one node", got=f"{node.device}, nodes {node.nodes}"
         )
     invariant = _switch(environ, "VLLM_BATCH_INVARIANT", default=False)
-    plain = "VLLM_ALLREDUCE_USE_FLASHINFER"
     settings: dict[str, Any] = {
         "nccl_symm_mem": _switch(environ, "VLLM_USE_NCCL_SYMM_MEM", default=False)
         and not invariant,
@@ -53,10 +53,10 @@ def settings_on(
         "multicast": node.multicast,
         "flashinfer_backend": environ.get("VLLM_FLASHINFER_ALLREDUCE_BACKEND", "auto"),
         "batch_invariant": invariant,
-        "pcie_ipc": _switch(environ, f"{plain}_PCIE_IPC", default=False) and not invariant,
+        "pcie_ipc": _switch(environ, f"{_PLAIN}_PCIE_IPC", default=False) and not invariant,
     }
-    if plain in environ:
-        settings["flashinfer_all_reduce"] = _switch(environ, plain, default=False)
+    if _PLAIN in environ:
+        settings["flashinfer_all_reduce"] = _switch(environ, _PLAIN, default=False)
     settings |= flags
     if settings["flashinfer_backend"] not in BACKENDS:
         raise InputError(
@@ -67,6 +67,15 @@ def settings_on(
     return VllmSettings(
         version=version, sm=node.sm, world_size=node.world_size, dtype=dtype, **settings
     )
+
+
+def plain_flashinfer_is_on(tables: Tables, environ: Mapping[str, str]) -> bool:
+    """Whether this vLLM asks FlashInfer's plain all-reduce, which reads the fusion table.
+
+    Raises:
+        InputError: the switch has a value vLLM refuses too.
+    """
+    return _switch(environ, _PLAIN, default=tables.flashinfer_default)
 
 
 def _switch(environ: Mapping[str, str], name: str, *, default: bool) -> bool:

@@ -1,8 +1,9 @@
-"""The cap inside vLLM: decided where the config is built, carried by it to the workers.
+"""The cap inside vLLM: decided once, where the config is built, and marked on it.
 
-``apply`` runs just before vLLM turns its cap into a compile-range endpoint. It sets one field that
-the user left alone; where vLLM's plain FlashInfer all-reduce reads the table instead of the field,
-each worker lowers its own copy of the table. Nothing else of vLLM is changed.
+Runs just before vLLM turns its cap into a compile-range endpoint. It sets one field that the user
+left alone; what else reads the size reads vLLM's table, which each worker lowers for itself once
+all ranks agree (``settle.py``). Nothing else of vLLM is changed. Workers decide nothing: whatever
+came out here, also that nothing did, is on the config that reaches them.
 """
 
 from __future__ import annotations
@@ -10,167 +11,179 @@ from __future__ import annotations
 import importlib.metadata
 import logging
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fusewise.engines.cap import CapDecision, decide_cap
-from fusewise.engines.plugin import explicit_cap, mode, probe_apart
+from fusewise.engines.plugin import explicit_cap, mode, probe_apart, torch_multicast_apart
+from fusewise.engines.vllm import mark as marks
+from fusewise.engines.vllm import settle
 from fusewise.engines.vllm.dispatch import VllmSettings, field_mb
-from fusewise.engines.vllm.engine import settings_on
+from fusewise.engines.vllm.engine import plain_flashinfer_is_on, settings_on
+from fusewise.engines.vllm.mark import Mark
 from fusewise.engines.vllm.router import full_cap
-from fusewise.engines.vllm.seams import MARK, TABLE_SEAM, resolve
+from fusewise.engines.vllm.tables import known_version, tables_of
 from fusewise.errors import FusewiseError
 from fusewise.profiles.schema import Profile
 from fusewise.profiles.store import Level, find_profile
-from fusewise.shape import DType, format_size, parse_dtype
+from fusewise.shape import format_size, parse_dtype
 
 log = logging.getLogger("vllm.plugins.fusewise")
 
 
 @dataclass(frozen=True)
-class Answer:
-    """What to set, and the words for the log."""
+class Found:
+    """A profile for this node, or none, with the words for the log."""
 
-    cap_bytes: int
-    why: str
-    source: str
-    mode: str
+    profile: Profile | None
+    level: Level
+    where: str
 
 
 def around_set_compile_ranges(original: Any, config: Any, *args: Any, **kwargs: Any) -> Any:
-    """``VllmConfig._set_compile_ranges`` with our cap in place; never fails on our account.
-
-    The mode is read anew: engines of one process may differ in it.
-    """
+    """``VllmConfig._set_compile_ranges`` with our cap in place; never fails on our account."""
     try:
-        switch = mode("vllm", os.environ)
-        if switch != "off":
-            apply(config, switch)
+        decide_once(config)
     except Exception as error:
         log.warning("fusewise leaves vLLM's fusion cap as it is: %s", error)
     return original(config, *args, **kwargs)
 
 
-def apply(config: Any, switch: str) -> None:
-    """Sets the cap on a ``VllmConfig`` whose user has not, and says so in one line.
+def decide_once(config: Any) -> None:
+    """Decides about a ``VllmConfig``, unless somebody did, and says so in one line.
 
-    Does nothing at tensor-parallel size 1, without the fusion, or when it was here before.
+    The mode is read anew: engines of one process may differ in it. A fault is marked like an
+    answer: a config rebuilt from this one, here or in a worker, is left alone.
     """
-    passes = config.compilation_config.pass_config
-    world_size = config.parallel_config.tensor_parallel_size
-    if world_size < 2 or not passes.fuse_allreduce_rms or getattr(passes, MARK, None):
+    if marks.read(config) is not None:
         return
-    if passes.fi_allreduce_fusion_max_size_mb is not None:
-        log.info(
-            "fusewise: the fusion cap of %s MB was set explicitly and stays",
-            passes.fi_allreduce_fusion_max_size_mb,
-        )
-        return
-    old = passes.flashinfer_max_size(world_size)
-    if old is None:
-        return  # vLLM does not fuse on this GPU at this world size
-    dtype = parse_dtype(str(config.model_config.dtype)) if config.model_config else "bfloat16"
-    hidden_size = config.model_config.get_hidden_size() if config.model_config else None
-    custom = not config.parallel_config.disable_custom_all_reduce
-    answer = answer_here(world_size, dtype, hidden_size, switch, old, custom_all_reduce=custom)
-    row_bytes = hidden_size * config.model_config.dtype.itemsize if hidden_size else 1
-    if answer.cap_bytes < row_bytes:
-        passes.fuse_allreduce_rms = False  # an endpoint of 0 tokens is none vLLM accepts
-    elif answer.cap_bytes != old:
-        passes.fi_allreduce_fusion_max_size_mb = field_mb(answer.cap_bytes)
-    setattr(passes, MARK, {"mode": answer.mode, "cap_mb": field_mb(answer.cap_bytes)})
-    log.info("fusewise: fusion cap %s: %s; %s", _change(old, answer), answer.why, answer.source)
+    alone = _each_rank_for_itself(config.parallel_config.distributed_executor_backend)
+    endpoints = config.compilation_config.compile_ranges_endpoints
+    mark = Mark()
+    try:
+        switch = mode("vllm", os.environ)
+        if switch != "off" and config.parallel_config.tensor_parallel_size > 1:
+            mark = replace(_decided(config, switch), alone=alone, endpoints=endpoints)
+    except Exception as error:
+        mark = Mark(alone=alone, fault=str(error))
+        raise
+    finally:
+        marks.write(config, mark)
+    if mark.cap_mb is not None and not alone:
+        marks.set_fusion(config, mark, mark.cap_mb)
 
 
-def _change(old: int, answer: Answer) -> str:
-    if answer.cap_bytes == old:
-        return f"stays {format_size(old)} ({answer.mode})"
-    new = format_size(answer.cap_bytes) if answer.cap_bytes else "nothing fused"
-    return f"{format_size(old)} -> {new} ({answer.mode})"
-
-
-def answer_here(
-    world_size: int,
-    dtype: DType,
-    hidden_size: int | None,
-    switch: str,
-    live_cap: int,
-    *,
-    custom_all_reduce: bool,
-) -> Answer:
-    """The cap for the installed vLLM on this node.
-
-    Args:
-        world_size: tensor-parallel size.
-        dtype: the model's.
-        hidden_size: the model's, or None.
-        switch: ``cap`` or ``full``.
-        live_cap: what this vLLM's own table says, bytes.
-        custom_all_reduce: False with ``--disable-custom-all-reduce``.
+def _decided(config: Any, switch: str) -> Mark:
+    """What to do about this config: nothing, without a word, where vLLM does not fuse.
 
     Raises:
-        FusewiseError: an unknown version, a node vLLM does not fuse on, or a table that is not
+        FusewiseError: a version, a switch or a node that cannot be judged, or a table that is not
             the one this package knows.
     """
-    version = importlib.metadata.version("vllm")
-    node = probe_apart(world_size)
-    flags = {"custom_all_reduce": custom_all_reduce}
-    settings = settings_on(version, node, dtype, os.environ, flags)
-    if settings.cap_bytes() != live_cap:
+    passes, world_size = config.compilation_config.pass_config, _world_size(config)
+    if passes.fi_allreduce_fusion_max_size_mb is not None:
+        size_mb = passes.fi_allreduce_fusion_max_size_mb
+        log.info("fusewise: the fusion cap of %s MB was set explicitly and stays", size_mb)
+        return Mark()
+    settle.restore_table()  # an engine before this one, in this process, may have lowered it
+    old = passes.flashinfer_max_size(world_size)
+    version, warning = known_version(importlib.metadata.version("vllm"))
+    tables = tables_of(version)
+    fuses = bool(passes.fuse_allreduce_rms)
+    others = tables.hand_fused or plain_flashinfer_is_on(tables, os.environ)
+    if old is None or not (fuses or others):
+        return Mark()  # no fusion on this GPU at this world size, or nobody who reads its size
+    settings, found = _settings_here(config, version)
+    if settings is None or settings.threshold is None:
+        return Mark()
+    if warning:
+        log.warning("fusewise: %s", warning)
+    if settings.cap_bytes() != old:
         raise FusewiseError(
             f"the fusion table of vLLM {version} is not the one known here",
             expected=str(settings.cap_bytes()),
-            got=str(live_cap),
+            got=str(old),
         )
-    profile: Profile | None = None
-    level: Level = "engine default"
-    try:
-        found = find_profile(node, dtype)
-        profile, level, notes = found.profile, found.level, found.notes
-        where = found.where if profile is None else f"{level} {found.where}"
-    except FusewiseError as error:
-        notes, where = (str(error),), "the profile asked for cannot be used"
-    for note in notes:
-        log.warning("fusewise: %s", note)
+    hidden_size = config.model_config.get_hidden_size() if config.model_config else None
     decision = decide_cap(
-        profile,
+        found.profile,
         settings,
         explicit=explicit_cap(os.environ),
-        profile_level=level,
+        profile_level=found.level,
         hidden_size=hidden_size,
     )
-    return _answer(decision, profile, settings, switch, hidden_size, where)
+    mark, words = _answer(decision, found, settings, switch if fuses else "cap", hidden_size)
+    if mark.mode == "full" and _quantised(config):
+        # vLLM's patterns with quantisation run FlashInfer's kernel whatever the plan says.
+        mark, words = replace(mark, wide_mb=None), f"{words}; no further, the model is quantised"
+    log.info("fusewise: fusion cap %s: %s", _change(old, mark, fuses), words)
+    table = settings.table_read_elsewhere and mark.cap_bytes < old
+    return replace(mark, fuses=fuses, table=table)
+
+
+def _each_rank_for_itself(backend: Any) -> bool:
+    """Whether every rank builds a config, by the executor's name or class."""
+    name = getattr(backend, "__name__", backend)
+    return name in ("external_launcher", "ExecutorWithExternalLauncher")
+
+
+def _world_size(config: Any) -> int:
+    return int(config.parallel_config.tensor_parallel_size)
+
+
+def _quantised(config: Any) -> bool:
+    return getattr(config.model_config, "quantization", None) is not None
+
+
+def _change(old: int, mark: Mark, fuses: bool) -> str:
+    cap = mark.cap_bytes
+    told = mark.mode if fuses else f"{mark.mode}; the pass is off, others read its table"
+    if mark.wide_mb:
+        told += f", {format_size(marks.in_bytes(mark.wide_mb))} once its kernels are up"
+    if cap == old:
+        return f"stays {format_size(old)} ({told})"
+    return f"{format_size(old)} -> {format_size(cap) if cap else 'nothing fused'} ({told})"
+
+
+def _settings_here(config: Any, version: str) -> tuple[VllmSettings | None, Found]:
+    """This vLLM on this node, and the node's profile; no settings without FlashInfer."""
+    node = probe_apart(_world_size(config))
+    nothing = Found(None, "engine default", "")
+    if node.flashinfer is None:
+        return None, nothing
+    dtype = parse_dtype(str(config.model_config.dtype)) if config.model_config else "bfloat16"
+    flags = {
+        "custom_all_reduce": not config.parallel_config.disable_custom_all_reduce,
+        "multicast": torch_multicast_apart(node.world_size),
+    }
+    settings = settings_on(version, node, dtype, os.environ, flags)
+    try:
+        found = find_profile(node, dtype)
+    except FusewiseError as error:
+        log.warning("fusewise: %s", error)
+        return settings, replace(nothing, where="the profile asked for cannot be used")
+    for note in found.notes:
+        log.warning("fusewise: %s", note)
+    named = found.where if found.profile is None else f"{found.level} {found.where}"
+    return settings, Found(found.profile, found.level, named)
 
 
 def _answer(
     decision: CapDecision,
-    profile: Profile | None,
+    found: Found,
     settings: VllmSettings,
     switch: str,
     hidden_size: int | None,
-    where: str,
-) -> Answer:
+) -> tuple[Mark, str]:
+    assert decision.cap_bytes is not None  # there is a threshold, so there is a cap
     from_profile = decision.origin in ("measured", "published")
-    source = where if from_profile else f"by {decision.level}, {where}"
+    source = found.where if from_profile else f"by {decision.level}, {found.where}"
+    mark = Mark("cap", cap_mb=field_mb(decision.cap_bytes))
     if switch == "full" and decision.origin != "explicit":
-        wide = full_cap(profile, settings, hidden_size)
+        wide = full_cap(found.profile, settings, hidden_size)
         if wide is not None:
-            why = "the plan chooses kernel by kernel up to there"
-            return Answer(wide, why, where, "full")
-        source += "; full needs a profile of this node with a native kernel in it"
-    assert decision.cap_bytes is not None  # the live cap was not None, and equals the table's
-    return Answer(decision.cap_bytes, decision.why, source, "cap")
-
-
-def lower_table(config: Any) -> None:
-    """In a worker: the fusion table ends at our cap, for whatever reads it and not the field."""
-    mark = getattr(config.compilation_config.pass_config, MARK, None)
-    if mark is None or mark["mode"] != "cap":
-        return
-    from vllm.platforms import current_platform
-
-    capability = current_platform.get_device_capability()
-    row = resolve(TABLE_SEAM).get(capability.to_int(), {})
-    world_size = config.parallel_config.tensor_parallel_size
-    if row.get(world_size, 0) > mark["cap_mb"]:
-        row[world_size] = mark["cap_mb"]
+            wide_mb = field_mb(max(wide, decision.cap_bytes))
+            mark = replace(mark, mode="full", wide_mb=wide_mb)
+        else:
+            source += "; full needs a profile of this node with a native kernel in it"
+    return mark, f"{decision.why}; {source}"

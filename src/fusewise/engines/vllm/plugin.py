@@ -10,6 +10,9 @@ import logging
 import os
 from typing import Any
 
+# In vllm/envs.py of every release since 0.20; ``vllm/ray/ray_env.py`` reads it.
+_RAY_PREFIXES = "VLLM_RAY_EXTRA_ENV_VAR_PREFIXES_TO_COPY"
+
 log = logging.getLogger("vllm.plugins.fusewise")
 
 
@@ -29,12 +32,14 @@ def _prepare() -> str | None:
 
     from fusewise.engines.plugin import mode
     from fusewise.engines.vllm import narrow, seams
-    from fusewise.engines.vllm.tables import tables_of
+    from fusewise.engines.vllm.tables import known_version
 
     if mode("vllm", os.environ) == "off":
         return None
 
-    tables_of(importlib.metadata.version("vllm"))  # raises for a version nobody read
+    known_version(
+        importlib.metadata.version("vllm")
+    )  # raises for one older than all that were read
     moved = seams.missing((*seams.CONFIG_SEAMS, *seams.WORKER_SEAMS))
     if moved:
         return f"this vLLM has moved {'; '.join(moved)}"
@@ -43,19 +48,29 @@ def _prepare() -> str | None:
 
     seams.wrap(VllmConfig, "_set_compile_ranges", narrow.around_set_compile_ranges)
     seams.wrap(CudaCommunicator, "__init__", _around_communicator_init)
+    _tell_ray()
     return None
 
 
-def _around_communicator_init(original: Any, communicator: Any, *args: Any, **kwargs: Any) -> None:
-    """In a worker: the table before vLLM's all-reduces are built, our kernels after."""
-    from fusewise.engines.vllm import narrow, takeover
+def _tell_ray() -> None:
+    """Ray's actors get our variables too: vLLM copies those whose prefix is listed here."""
+    listed = [p for p in os.environ.get(_RAY_PREFIXES, "").split(",") if p.strip()]
+    if "FUSEWISE_" not in listed:
+        os.environ[_RAY_PREFIXES] = ",".join([*listed, "FUSEWISE_"])
 
-    config = _guarded(_current_config)
-    if config is not None:
-        _guarded(narrow.lower_table, config)
+
+def _around_communicator_init(original: Any, communicator: Any, *args: Any, **kwargs: Any) -> None:
+    """In a worker: the ranks agree before vLLM's all-reduces are built; our kernels come after."""
+    from fusewise.engines.vllm import settle, takeover
+
+    agreed = None
+    process_group = _guarded(settle.tensor_parallel_group, original, args, kwargs)
+    if process_group is not None:
+        takeover.release()
+        agreed = _guarded(settle.agree, process_group)
     original(communicator, *args, **kwargs)
-    if config is not None:
-        _guarded(takeover.install, communicator, config)
+    if agreed is not None:
+        _guarded(takeover.install, communicator, *agreed)
 
 
 def _guarded(step: Any, *args: Any) -> Any:
@@ -64,9 +79,3 @@ def _guarded(step: Any, *args: Any) -> Any:
     except Exception as error:
         log.warning("fusewise leaves this worker as it is: %s: %s", type(error).__name__, error)
         return None
-
-
-def _current_config() -> Any:
-    from vllm.config.vllm import get_current_vllm_config_or_none
-
-    return get_current_vllm_config_or_none()

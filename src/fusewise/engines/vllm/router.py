@@ -3,7 +3,8 @@
 vLLM looks up ``flashinfer.comm.allreduce_fusion`` when it calls it, and writes its results in
 place; both are kept. At each size the plan names a native kernel (ours runs), a FlashInfer kernel
 (the original call runs, with vLLM's own workspace) or an unfused path (vLLM's own all-reduce runs,
-then our norm). Patterns with quantisation go to the original. How a worker takes it up, so that all
+then our norm). Where our kernel refuses a shape, the narrow cap decides between the two others.
+Patterns with quantisation go to the original. How a worker takes it up, so that all
 ranks choose alike, is ``takeover.py``'s business.
 """
 
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from fusewise.engines.vllm.dispatch import VllmSettings
 from fusewise.errors import FusewiseError
-from fusewise.operation import Op, all_reduce_of, is_unfused
+from fusewise.operation import Op, all_reduce_of, backend_of, is_unfused
 from fusewise.profiles.bands import Plan, Table
 from fusewise.profiles.plan import derive
 from fusewise.profiles.schema import Profile, Sample
@@ -99,16 +100,24 @@ class Router:
     """Runs one tensor-parallel group's calls by the plan.
 
     Args:
-        native: our kernels on that group, by path; on every rank the same.
+        native: our kernels on that group, by backend's id; on every rank the same.
         plan: the decisions over the paths this vLLM can run, equal on all ranks.
         plain: vLLM's own ``all_reduce`` of that group.
         pattern: FlashInfer's code of all-reduce + residual + RMSNorm without quantisation.
+        narrow_bytes: up to there FlashInfer's kernel never loses to vLLM's own all-reduce.
     """
 
     def __init__(
-        self, native: Mapping[str, NativeBackend], plan: Plan, plain: Any, pattern: Any
+        self,
+        native: Mapping[str, NativeBackend],
+        plan: Plan,
+        plain: Any,
+        pattern: Any,
+        narrow_bytes: int,
     ) -> None:
         self.native, self.plan, self.plain, self.pattern = native, plan, plain, pattern
+        self.narrow_bytes = narrow_bytes
+        self._kernels: dict[tuple[Op, str, int, int], NativeBackend | None] = {}
         for kernel in native.values():
             kernel.on_death(end_worker)
 
@@ -121,8 +130,8 @@ class Router:
         weight, eps = kwargs["rms_gamma"], kwargs["rms_eps"]
         bias = kwargs.get("weight_bias", 0.0)
         path = self._path(FUSED_OP, x)
-        kernel = self._kernel(path, x)
-        if kernel is None and _is_fused(path):  # FlashInfer's, or ours for another shape
+        kernel = self._kernel(FUSED_OP, path, x)
+        if kernel is None and self._falls_to_flashinfer(path, x):
             return original(**kwargs)
         if kernel is not None and _aligned(x, residual, weight, norm, total):
             kernel.all_reduce_rms_norm_into(norm, total, x, residual, weight, eps, bias)
@@ -153,21 +162,38 @@ class Router:
             and all(t.dtype == x.dtype and t.is_contiguous() for t in (weight, *like_x))
         )
 
+    def _falls_to_flashinfer(self, path: str, x: Tensor) -> bool:
+        """The plan names it; or names ours, which refuses the shape, within the narrow cap."""
+        if path.startswith(NATIVE):
+            return x.numel() * x.element_size() <= self.narrow_bytes
+        return _is_fused(path)
+
     def _takes(self, x: Tensor) -> bool:
         return x.ndim == 2 and x.is_contiguous() and str(x.dtype) == f"torch.{self.plan.dtype}"
 
     def _path(self, op: Op, x: Tensor) -> str:
         return self.plan.band_at(op, x.shape[1], x.numel() * x.element_size()).path
 
-    def _kernel(self, path: str, x: Tensor) -> NativeBackend | None:
-        kernel = self.native.get(path)
-        if kernel is None or kernel.admits(Shape(x.shape[0], x.shape[1], self.plan.dtype)):
+    def _kernel(self, op: Op, path: str, x: Tensor) -> NativeBackend | None:
+        key = (op, path, x.shape[0], x.shape[1])
+        if key not in self._kernels:
+            self._kernels[key] = self._chosen(op, path, Shape(key[2], key[3], self.plan.dtype))
+        return self._kernels[key]
+
+    def _chosen(self, op: Op, path: str, shape: Shape) -> NativeBackend | None:
+        """Our kernel for a path, in the variant it names; None: not ours, or not this shape."""
+        kernel = self.native.get(backend_of(path))
+        if kernel is None or kernel.admits(shape):
             return None
+        from fusewise.backends.base import select_variant
+
+        select_variant(kernel, op, shape, path)  # one that is not there runs as the default
         return kernel
 
     def all_reduce(self, x: Tensor) -> Tensor:
         """In place of the plain all-reduce: ours where the plan names a native kernel."""
-        kernel = self._kernel(self._path("all_reduce", x), x) if self._takes(x) else None
+        op: Op = "all_reduce"
+        kernel = self._kernel(op, self._path(op, x), x) if self._takes(x) else None
         if kernel is None:
             result: Tensor = self.plain(x)
             return result

@@ -16,9 +16,7 @@ from typing import Any
 
 _WRAPPED = "_fusewise_wrapped"
 
-# Set on the PassConfig whose cap we decided: {"mode": …, "cap_mb": …}, carried to the workers.
-# Plain data, so that the config still unpickles where this package is absent; no dataclass field,
-# so neither its hash nor its repr sees it.
+# The attribute of PassConfig that carries a decision; ``mark.py`` says what is in it.
 MARK = "_fusewise"
 
 
@@ -71,7 +69,7 @@ WORKER_SEAMS = (
     ),
     Seam("the plain all-reduce", _COMMUNICATOR, "CudaCommunicator.all_reduce", ("self", "input_")),
 )
-# Read only where a worker runs with our cap: the module imports FlashInfer.
+# Looked for only where a worker runs with our cap: the module imports FlashInfer.
 TABLE_SEAM = Seam(
     "the table that plain FlashInfer reads", _FUSION, "FI_ALLREDUCE_FUSION_MAX_SIZE_MB"
 )
