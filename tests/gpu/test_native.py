@@ -155,9 +155,10 @@ def _replays(rank: int) -> str:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             _, total = backend.all_reduce_rms_norm(x, residual, weight, 1e-6)
-        made.append((graph, total, everyone.float().sum(0) + residual.float(), x))
+        inputs = x, residual, weight  # graphs read them at every replay
+        made.append((graph, total, everyone.float().sum(0) + residual.float(), inputs))
     for step in range(REPLAYS):
-        graph, total, expected, x = rng.choice(made)
+        graph, total, expected, (x, *_) = rng.choice(made)
         checked = step % 50 == 0
         if checked:
             total.fill_(float("nan"))
