@@ -89,10 +89,17 @@ class Question:
                 known = " or ".join(flag.values)
                 raise InputError(flag.declaration, expected=known, got=repr(value))
 
-    def decide(self, found: Resolution, settings: EngineSettings) -> CapDecision:
-        """The cap, with the level that answered."""
-        explicit = self.explicit_cap()
-        return decide_cap(found.profile, settings, explicit=explicit, profile_level=found.level)
+    def decide(
+        self, found: Resolution, settings: EngineSettings, hidden_size: int | None = None
+    ) -> CapDecision:
+        """The cap, with the level that answered; of one hidden size, or the smallest of all."""
+        return decide_cap(
+            found.profile,
+            settings,
+            explicit=self.explicit_cap(),
+            profile_level=found.level,
+            hidden_size=hidden_size,
+        )
 
     def explicit_cap(self) -> ExplicitCap | None:
         """Of ``--cap``, else of the environment."""
