@@ -179,6 +179,12 @@ def test_all_ranks_bound_the_fusion_and_plain_flashinfer(
     assert not [said for said in second["log"] if said.startswith("INFO")]
 
 
+def test_the_pages_line_is_the_one_in_the_log(outcome: Any) -> None:
+    page = (ROOT / "docs" / "sglang.md").read_text("utf-8")
+    (shown,) = re.findall(r"^(fusewise: fusion cap .*)$", page, re.M)
+    assert f"INFO {shown}" in outcome["as it comes"][0]["log"]
+
+
 def test_the_hook_reaches_modules_that_imported_the_gate_by_name(outcome: Any) -> None:
     assert all(rank["hooked"] and rank["same_where_imported"] for rank in outcome["as it comes"])
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -224,6 +226,21 @@ def test_cap_gives_a_number_its_tokens_and_what_to_do(monkeypatch: pytest.Monkey
     row = json.loads(run("cap", "--profile", "nvidia-h200-tp8", "--format", "json")[0])["rows"][0]
     assert (row["cap_bytes"], row["level"]) == (512 * KIB, "rule")
     assert [row[f"max_tokens[{h}]"] for h in (2048, 4096, 7168)] == [128, 64, 36]
+
+
+def test_the_pages_token_table_is_what_the_command_answers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("FUSEWISE_CAP", raising=False)
+    page = (Path(__file__).parents[2] / "docs" / "sglang.md").read_text("utf-8")
+    rows = re.findall(r"^\| `(nvidia\S+)` \| (?:`(.*?)`)? ?\|(.*)\|$", page, re.M)
+    assert len(rows) == 5
+    for profile, switches, cells in rows:
+        *tokens, answered = (cell.strip() for cell in cells.split("|"))
+        asked = ("cap", "--profile", profile, *switches.split(), "--format", "json")
+        row = json.loads(run(*asked)[0])["rows"][0]
+        assert [str(row[f"max_tokens[{h}]"]) for h in (2048, 4096, 7168)] == tokens, switches
+        assert row["origin"] == answered
 
 
 def test_audit_and_explain_speak_of_sglangs_kernels(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -66,7 +66,7 @@ class Live:
 
 
 def read(model_runner: Any) -> Live | None:
-    """What SGLang resolved; None where FlashInfer's kernels with a workspace do not fuse.
+    """What SGLang resolved; None where it would not fuse a single token.
 
     Raises:
         UnavailableError: it fuses over other ranks than the tensor-parallel group's, or runs
@@ -75,10 +75,9 @@ def read(model_runner: Any) -> Live | None:
     from sglang.srt.runtime_context import get_exec, get_parallel
 
     fusion = importlib.import_module(PLAIN_SEAM.module)
+    fuses = importlib.import_module(GATE_SEAM.module).flashinfer_ar_fusion_applies
     comm, parallel = get_exec().comm, get_parallel()
-    if comm.flashinfer_allreduce_fusion_backend in (None, "cutedsl") or parallel.tp_size < 2:
-        return None
-    if fusion.is_flashinfer_allreduce_unavailable():
+    if parallel.tp_size < 2 or not fuses(1):
         return None
     tp_group = parallel.tp_group
     for attention in (True, False):

@@ -38,7 +38,6 @@ REGISTRY_SEAM = Seam(
 HOOKED_SEAMS = (WORKSPACE_SEAM, GATE_SEAM, PLAIN_SEAM)
 READ_SEAMS = (
     Seam("its threshold", _GATE, "FUSE_ALLREDUCE_MAX_BATCH_SIZE"),
-    Seam("the fusion gave up", _FUSION, "is_flashinfer_allreduce_unavailable", ()),
     Seam("the backend", _FUSION, "resolve_flashinfer_allreduce_fusion_backend", ()),
     Seam("the ranks it fuses over", _FUSION, "resolve_fusion_group", ("use_attn_tp_group",)),
     Seam("the fused kernel, looked up when called", _FUSION, "_flashinfer_comm"),
