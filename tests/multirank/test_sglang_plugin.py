@@ -290,6 +290,7 @@ def test_where_full_mode_fails_on_one_rank_the_narrow_cap_rules_on_all(
     for rank in outcome[name]:
         assert rank["bounds"] == [256, MIB, False]
         assert rank["fuses_up_to"] == 256
+        assert "full mode is off, the cap rules" in words(rank)
         assert said in words(rank)
 
 

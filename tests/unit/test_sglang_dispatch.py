@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
@@ -150,6 +151,29 @@ def test_measured_losses_lower_the_cap_and_gaps_decide_nothing() -> None:
     multimem = sglang(custom_all_reduce=False, symm_mem=True)
     decided = decide_cap(tp8, multimem, hidden_size=7168)
     assert (decided.cap_bytes, decided.origin) == (256 * KIB, "published")
+
+
+@pytest.mark.parametrize(
+    ("unmeasured", "cap", "origin"),
+    [
+        (range(4 * MIB + 1), 4 * MIB, "published"),  # the loss at 8 MiB stands on its own
+        ([8 * MIB], 8 * MIB, "engine default"),  # a win up to 4 MiB does not reach its threshold
+        ([1 * MIB], 4 * MIB, "published"),
+    ],
+)
+def test_a_loss_needs_no_neighbours_and_a_win_has_no_gaps(
+    unmeasured: Container[int], cap: int, origin: str
+) -> None:
+    profile = load("nvidia-h200-tp2")
+    kept = tuple(
+        sample
+        for sample in profile.samples
+        if sample.path != "custom + rms_norm"
+        or sample.num_tokens * sample.hidden_size * 2 not in unmeasured
+    )
+    legacy = sglang(2, multicast=False, custom_v2=False)
+    decided = decide_cap(profile.model_copy(update={"samples": kept}), legacy, hidden_size=2048)
+    assert (decided.cap_bytes, decided.origin) == (cap, origin)
 
 
 def test_a_measured_win_never_reaches_beyond_its_own_threshold() -> None:

@@ -95,7 +95,10 @@ def settle(model_runner: Any) -> None:
     if decision.wide_bytes is not None:
         from fusewise.engines.sglang import takeover
 
-        takeover.install(live, node, group, decision.cap_bytes, decision.wide_bytes, evidence)
+        try:
+            takeover.install(live, node, group, decision.cap_bytes, decision.wide_bytes, evidence)
+        except Exception as error:
+            log.warning("fusewise: full mode is off, the cap rules: %s", error)
 
 
 def _compare_environments(group: Group) -> None:

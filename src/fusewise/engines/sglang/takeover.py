@@ -71,7 +71,7 @@ def install(
 ) -> None:
     """Routes the fused calls of the tensor-parallel group. Collective over it.
 
-    ``quick`` is for steps in which nothing is compiled; ``evidence`` is rank 0's.
+    ``quick`` is the group with a short bound; ``evidence`` is rank 0's.
 
     Raises:
         FusewiseError: a rank could not; on all ranks SGLang runs with the narrow cap.
@@ -80,13 +80,13 @@ def install(
 
     from fusewise.ranks.group import Group
 
-    group = Group(live.tp_group.device_group)
+    patient = Group(live.tp_group.device_group)  # for what is compiled
     names = quick.broadcast("our kernels", evidence.native if evidence else [])
     tokens = tokens_at(wide_bytes, live.hidden_size, live.dtype)
-    native = _built(group, node, names, Shape(max(1, tokens), live.hidden_size, live.dtype))
+    native = _built(patient, node, names, Shape(max(1, tokens), live.hidden_size, live.dtype))
     try:
-        plan = _plan(group, native, evidence)
-        group.unanimous("full mode", plan.digest)
+        plan = _plan(quick, native, evidence)
+        quick.unanimous("full mode", plan.digest)
     except Exception:
         for backend in native.values():
             backend.close()
@@ -98,7 +98,7 @@ def install(
     BOUNDS.max_tokens = tokens
     BOUNDS.plain_bytes = 0  # the plan's unfused paths are SGLang's other all-reduces
     wrap(flashinfer.comm, "allreduce_fusion", around_fused)
-    if group.rank == 0:
+    if quick.rank == 0:
         tables = [t for t in plan.tables if t.op == FUSED_OP]
         bands = [f"hidden {t.hidden_size}: {', '.join(map(str, t.bands))}" for t in tables]
         log.info("fusewise: full mode on: %s", "; ".join(bands))
@@ -121,9 +121,7 @@ def _built(group: Group, node: Fingerprint, names: list[str], largest: Shape) ->
         else:
             built[name] = backend
     if not built:
-        raise UnavailableError(
-            "full mode is off: no native kernel could be built", got="; ".join(failures)
-        )
+        raise UnavailableError("no native kernel could be built", got="; ".join(failures))
     return built
 
 
@@ -141,5 +139,5 @@ def _plan(group: Group, native: dict[str, Any], evidence: Evidence | None) -> Pl
             fault = str(error)
     answer = group.broadcast("full mode's plan", [fault, document])
     if answer[0]:
-        raise UnavailableError("full mode is off: no plan", got=answer[0])
+        raise UnavailableError("rank 0 has no plan", got=answer[0])
     return Plan.from_dict(answer[1])
