@@ -125,17 +125,17 @@ def _column_cap(
     if settings.only_lowered:
         beyond = [c.shape.message_bytes for c in column if c.shape.message_bytes >= own]
         column = [c for c in column if c.shape.message_bytes <= min(beyond, default=own)]
-    most = own if settings.only_lowered else math.inf
+    sizes = [c.shape.message_bytes for c in column]
     loss = first_loss(column)
     if loss is not None:
-        sizes = [c.shape.message_bytes for c in column]
-        below = [size for size in sizes if size < loss.shape.message_bytes]
-        return int(min(most, max(below, default=0))), _loss_text(loss)
-    reach = column[-1].shape.message_bytes if column else 0
-    if reach < own or any(c.outcome == "not measured" for c in column):
+        cap = max((size for size in sizes if size < loss.shape.message_bytes), default=0)
+        why = _loss_text(loss)
+    elif max(sizes, default=0) < own or any(c.outcome == "not measured" for c in column):
         return None
-    size = int(min(most, reach))
-    return size, f"fusing never loses up to {format_size(size)}, as far as was measured"
+    else:
+        cap = max(sizes, default=0)
+        why = f"fusing never loses up to {format_size(cap)}, as far as was measured"
+    return (min(cap, own) if settings.only_lowered else cap), why
 
 
 def _loss_text(loss: Comparison) -> str:
