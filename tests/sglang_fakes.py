@@ -57,6 +57,7 @@ class Scenario:
     no_workspace: bool = False
     unbuilt: int | None = None
     other_plan: int | None = None
+    pdmux: bool = False
     traced: int | None = None
 
 
@@ -236,6 +237,7 @@ class World:
         concrete: Any = type("Runner", (runner_class,), {})
         concrete.__abstractmethods__ = frozenset()
         made = object.__new__(concrete)
+        made.enable_pdmux = self.scenario.pdmux
         made.model_runner = SimpleNamespace(
             is_draft_worker=draft, dtype=torch.bfloat16, model=None, max_running_requests=8,
             model_config=SimpleNamespace(hidden_size=self.scenario.hidden_size),

@@ -31,6 +31,7 @@ SCENARIOS: dict[str, dict[str, Any]] = {
         **TP2, "environ": FULL | {"FUSEWISE_HOME": HOME}, "unbuilt": 1
     },
     "full, another plan": {**TP2, "environ": FULL | {"FUSEWISE_HOME": HOME}, "other_plan": 1},
+    "full, two streams": {**TP2, "environ": FULL | {"FUSEWISE_HOME": HOME}, "pdmux": True},
     "off": {"environ": {"FUSEWISE_SGLANG": "off"}},
     "front end": {"worker": False},
     "no fusion": {"backend": None},

@@ -207,6 +207,12 @@ def test_full_mode_without_a_profile_is_cap_and_says_why(outcome: Any) -> None:
     assert "full needs a profile of this node with a native kernel" in words(first)
 
 
+def test_full_mode_is_cap_where_calls_run_on_two_streams(outcome: Any) -> None:
+    for rank in outcome["full, two streams"]:
+        assert rank["bounds"] == [256, MIB, False]
+    assert "--enable-pdmux has two" in words(outcome["full, two streams"][0])
+
+
 def test_importing_the_entry_point_imports_neither_sglang_nor_torch() -> None:
     code = (
         "import sys; import fusewise.engines.sglang.plugin as p; p.register(); "

@@ -36,12 +36,15 @@ class Live:
         hidden_size: the model's.
         dtype: the model's.
         flags: fields of ``SGLangSettings``, as SGLang resolved them.
+        one_stream: False with ``--enable-pdmux``: prefill and decode run at once, and a workspace
+            of ours takes one call after the other.
     """
 
     tp_group: Any
     hidden_size: int
     dtype: DType
     flags: dict[str, FlagValue]
+    one_stream: bool
 
     def settings(self, node: Fingerprint) -> SGLangSettings:
         """SGLang on that node.
@@ -65,7 +68,7 @@ class Live:
         return settings
 
 
-def read(model_runner: Any) -> Live | None:
+def read(runner: Any) -> Live | None:
     """What SGLang resolved; None where it would not fuse a single token.
 
     Raises:
@@ -100,5 +103,11 @@ def read(model_runner: Any) -> Live | None:
     }
     if flags["custom_v2"]:  # its own kernels know whether multicast is bound for them
         flags["multicast"] = bool(custom.has_multicast)
-    dtype = parse_dtype(str(model_runner.dtype))
-    return Live(tp_group, int(model_runner.model_config.hidden_size), dtype, flags)
+    model = runner.model_runner
+    return Live(
+        tp_group,
+        int(model.model_config.hidden_size),
+        parse_dtype(str(model.dtype)),
+        flags,
+        one_stream=not runner.enable_pdmux,
+    )

@@ -13,7 +13,8 @@ _CONTEXT = "sglang.srt.runtime_context"
 _FUSION = "sglang.srt.layers.flashinfer_comm_fusion"
 _GATE = "sglang.srt.layers.layer_boundary.residual.add_norm"
 
-# Every process that runs a model has loaded it; the others have nothing to decide about.
+# Every process that runs a model has loaded it, and with it all modules that are hooked: so hooking
+# them imports nothing. A process without it, such as the command line's, has nothing to decide.
 WORKER_MODULE = "sglang.srt.managers.scheduler"
 
 WORKSPACE_SEAM = Seam(

@@ -56,7 +56,7 @@ def around_workspace(original: Any, runner: Any, *args: Any, **kwargs: Any) -> A
     try:
         if not runner.model_runner.is_draft_worker and not _done:
             _done.append(True)
-            settle(runner.model_runner)
+            settle(runner)
     except Exception as error:
         log.warning("fusewise leaves SGLang as it is: %s", error)
     return result
@@ -65,7 +65,7 @@ def around_workspace(original: Any, runner: Any, *args: Any, **kwargs: Any) -> A
 _done: list[bool] = []  # the target model decides; a draft model's batches meet the same bounds
 
 
-def settle(model_runner: Any) -> None:
+def settle(runner: Any) -> None:
     """Collective over the tensor-parallel group.
 
     Raises:
@@ -74,7 +74,7 @@ def settle(model_runner: Any) -> None:
     moved = missing((*HOOKED_SEAMS, *READ_SEAMS))
     if moved:
         raise UnavailableError("this SGLang has moved a seam", got="; ".join(moved))
-    live = lives.read(model_runner)
+    live = lives.read(runner)
     if live is None:
         return
     from fusewise.ranks.agreement import fingerprint_of
@@ -186,8 +186,10 @@ def decide(live: Live, node: Fingerprint) -> tuple[Decision, Evidence | None]:
     )
     wide = None
     if mode("sglang", os.environ) == "full" and decided.origin != "explicit":
-        wide = full_cap(profile, settings, live.hidden_size)
-        if wide is None:
+        wide = full_cap(profile, settings, live.hidden_size) if live.one_stream else None
+        if not live.one_stream:
+            source += "; full needs all calls on one stream, --enable-pdmux has two"
+        elif wide is None:
             source += "; full needs a profile of this node with a native kernel in it"
     evidence = None if wide is None or profile is None else Evidence(profile, settings)
     return Decision(own, cap, wide and max(wide, cap), decided.why, source), evidence
