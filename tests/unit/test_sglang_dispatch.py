@@ -274,3 +274,21 @@ def test_audit_and_explain_speak_of_sglangs_kernels(monkeypatch: pytest.MonkeyPa
         assert words in out
     out, _ = run("explain", "1M", "--profile", "nvidia-h200-tp8")
     assert "sglang.multimem + rms_norm" in out
+
+
+@pytest.mark.parametrize(
+    ("size", "hidden_size", "with_cap"),
+    [
+        ("8M", 2048, "flashinfer.one_shot"),  # 2048 tokens
+        ("8404992", 2048, "sglang.one_shot_push + rms_norm"),  # one row more
+        ("16M", 4096, "flashinfer.one_shot"),
+    ],
+)
+def test_explain_weighs_tokens_at_the_hidden_size_asked_about(
+    monkeypatch: pytest.MonkeyPatch, size: str, hidden_size: int, with_cap: str
+) -> None:
+    monkeypatch.delenv("FUSEWISE_CAP", raising=False)
+    asked = ("--hidden", str(hidden_size), "--profile", "nvidia-h200-tp2", "--format", "json")
+    (row,) = json.loads(run("explain", size, *asked)[0])["rows"]
+    assert row["engine_with_cap"] == with_cap
+    assert row["engine_cap_bytes"] == 4096 * hidden_size

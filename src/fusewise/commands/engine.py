@@ -143,15 +143,9 @@ def cap(question: Question, hidden: HiddenOption = None, fmt: FormatOption = "ta
 def _tokens(
     question: Question, found: Resolution, settings: EngineSettings, sizes: Iterable[int]
 ) -> dict[int, int]:
-    """Hidden size → tokens within the cap; of an engine that counts tokens, each size's own cap."""
-    threshold = settings.threshold
-    each = threshold is not None and threshold.num_tokens is not None
-    return {
-        h: settings.max_tokens(
-            question.decide(found, settings, h if each else None).cap_bytes or 0, h
-        )
-        for h in sizes
-    }
+    """Hidden size → tokens within the cap."""
+    caps = {h: question.decide(found, settings, h).cap_bytes or 0 for h in sizes}
+    return {h: settings.max_tokens(cap, h) for h, cap in caps.items()}
 
 
 def _print_cap(decision: CapDecision, settings: EngineSettings, tokens: Mapping[int, int]) -> None:

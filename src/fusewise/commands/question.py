@@ -92,13 +92,16 @@ class Question:
     def decide(
         self, found: Resolution, settings: EngineSettings, hidden_size: int | None = None
     ) -> CapDecision:
-        """The cap, with the level that answered; of one hidden size, or the smallest of all."""
+        """The cap, with the level that answered.
+
+        A size is one for all hidden sizes; an engine that counts tokens has one for each.
+        """
         return decide_cap(
             found.profile,
             settings,
             explicit=self.explicit_cap(),
             profile_level=found.level,
-            hidden_size=hidden_size,
+            hidden_size=hidden_size if settings.counts_tokens else None,
         )
 
     def explicit_cap(self) -> ExplicitCap | None:

@@ -120,6 +120,11 @@ class EngineSettings(ABC):
     def threshold(self) -> Threshold | None:
         """Up to where it fuses by itself; None where it does not fuse at all."""
 
+    @property
+    def counts_tokens(self) -> bool:
+        """Whether its threshold weighs more at a larger hidden size."""
+        return self.threshold is not None and self.threshold.num_tokens is not None
+
     def cap_bytes(self, hidden_size: int | None = None) -> int | None:
         """``threshold`` in bytes; without a hidden size, that of the smallest usual one."""
         known = self.threshold
