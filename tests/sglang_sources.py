@@ -1,7 +1,7 @@
 """Fetches SGLang's wheel with pip and keeps its Python sources, for the tests of the plugin.
 
     python -m tests.sglang_sources               # the release the plugin is run against
-    python -m tests.sglang_sources --record      # writes tests/data/sglang_seams.json anew
+    python -m tests.sglang_sources --record      # writes tests/data/sglang_seams.json anew, of all
     python -m tests.sglang_sources --add 0.5.24  # fetches a new release, records it, prints what of
                                                  # its tables and seams differs from the newest's
 
@@ -24,7 +24,8 @@ from tests.wheel_sources import CACHE, Wheels, calls, differences, plain, table,
 
 WHEELS = Wheels("sglang", CACHE / "sglang-sources")
 RECORD = Path(__file__).parent / "data" / "sglang_seams.json"
-RELEASES = ("0.5.23",)
+RUN_AGAINST = ("0.5.23",)
+RELEASES = ("0.5.22", "0.5.23")
 
 _COMMUNICATORS = "srt/distributed/device_communicators"
 _FUSION = "srt/layers/flashinfer_comm_fusion.py"
@@ -171,7 +172,7 @@ def main() -> int:
     asked = parser.parse_args()
     if asked.add:
         return add(asked.add)
-    WHEELS.fetch_all(*RELEASES)
+    WHEELS.fetch_all(*(RELEASES if asked.record else RUN_AGAINST))
     if asked.record:
         here = [version for version in RELEASES if WHEELS.unpacked(version)]
         write(RECORD, {v: facts(WHEELS.folder / v / "sglang", seam_places()) for v in here})

@@ -17,12 +17,12 @@ from typing import Any
 import pytest
 
 from tests.sglang_scenarios import HOME, ROOT, SCENARIOS, entry_points, home_with_a_profile
-from tests.sglang_sources import RELEASES, WHEELS
+from tests.sglang_sources import RUN_AGAINST, WHEELS
 
 KIB, MIB = 2**10, 2**20
 
 
-@pytest.fixture(scope="module", params=RELEASES)
+@pytest.fixture(scope="module", params=RUN_AGAINST)
 def outcome(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """name → the two ranks' results of every scenario."""
     sources = WHEELS.unpacked(request.param)

@@ -76,6 +76,13 @@ def test_a_displaced_message_goes_where_sglang_sends_it(
     assert settings.displaced_choice(message_bytes) == f"{path} + rms_norm"
 
 
+def test_two_shot_push_is_new_in_0_5_23() -> None:
+    before = SGLangSettings("0.5.22", 100, 4, True)
+    assert before.displaced_choice(MIB) == "sglang.one_shot_push + rms_norm"
+    assert before.displaced_choice(4 * MIB) == "sglang.two_shot_pull + rms_norm"
+    assert sglang(4, 100).displaced_choice(4 * MIB) == "sglang.two_shot_push + rms_norm"
+
+
 def test_plain_flashinfer_comes_first_as_far_as_the_workspace_reaches() -> None:
     most = 2048 * 4096 * 2
     assert sglang().unfused_choice(most, 4096) == "flashinfer + rms_norm"
@@ -227,7 +234,8 @@ def test_versions() -> None:
     known, warning = known_version("0.6.0")
     assert known == "0.5.23"
     assert "0.6.0 was not read" in str(warning)
-    for unknown in ("0.5.22", "main", ""):
+    assert known_version("0.5.22") == ("0.5.22", None)
+    for unknown in ("0.5.21", "main", ""):
         with pytest.raises(InputError, match="unknown SGLang version"):
             known_version(unknown)
 

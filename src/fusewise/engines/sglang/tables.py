@@ -13,8 +13,8 @@ Read in the wheels named in ``Tables.read_in``, under ``sglang/srt/``:
 - ``symm_mem_max_bytes``: ``TORCH_SYMM_MEM_ALL_REDUCE_MAX_SIZES`` in ``all_reduce_utils.py``, by
   major capability; ``multimem_world_sizes``: ``_WORLD_SIZES_MULTIMEM`` in ``torch_symm_mem.py``.
 - ``one_shot_max_bytes``: FlashInfer's own choice, because SGLang leaves ``use_oneshot`` open:
-  ``_use_oneshot_heuristics`` in ``flashinfer/comm/trtllm_ar.py`` (0.7.2, which 0.5.23 pins), MB of
-  2 · world size · message.
+  ``_use_oneshot_heuristics`` in ``flashinfer/comm/trtllm_ar.py`` (0.7.2, which 0.5.23 pins; the
+  same in 0.6.14), MB of 2 · world size · message.
 
 ``custom`` is keyed by the capability as ``10 * major + minor``, then by world size. What follows
 from the tables is ``dispatch.py``'s business.
@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fusewise.errors import InputError
 
@@ -85,14 +85,18 @@ _SM90 = {
     4: Custom(_ends(0.375, 0.375, 128), _ends(0.875, 0.875, 32, mc=(0, 32))),
     8: Custom(_ends(0.125, 0.125, 32, mc=(0.5, 128)), _ends(0.125, 0.125, 128, mc=(0, 128))),
 }
-_SM100 = {
+_SM100_BEFORE_TWO_SHOT_PUSH = {
     2: Custom(_ends(8, 32, 128), _ends(16, 128, 128)),
+    4: Custom(_ends(2.25, 2.25, 128), _ends(3, 3, 32)),
+    8: Custom(_ends(0.5, 0.5, 128, mc=(8, 128)), _ends(0.75, 0.75, 128, mc=(0, 128))),
+    16: Custom(*[_ends(0.25, 0.25, 128, mc=(0.25, 128))] * 2),
+}
+_SM100 = _SM100_BEFORE_TWO_SHOT_PUSH | {
     4: Custom(_ends(0.625, 0.625, 128, two_push=8), _ends(0.625, 0.625, 32, two_push=8)),
     8: Custom(
         _ends(0.25, 0.25, 128, mc=(8, 128), two_push=8),
         _ends(0.25, 0.25, 128, mc=(0, 128), two_push=8),
     ),
-    16: Custom(*[_ends(0.25, 0.25, 128, mc=(0.25, 128))] * 2),
 }
 _SM107 = {
     2: Custom(*[_ends(128, 128, 128)] * 2),
@@ -102,17 +106,29 @@ _SM107 = {
 }
 _SYMM_MEM = {2: 64 * _MIB, 4: 64 * _MIB, 6: 128 * _MIB, 8: 128 * _MIB}
 
+_V0_5_22 = Tables(
+    read_in="0.5.22",
+    max_tokens=2048,
+    custom={
+        90: _SM90,
+        100: _SM100_BEFORE_TWO_SHOT_PUSH,
+        103: _SM100_BEFORE_TWO_SHOT_PUSH,
+        107: _SM107,
+    },
+    custom_max_bytes=16 * _MIB,
+    legacy_max_bytes=8 * _MIB,
+    legacy_world_sizes=(2, 4, 6, 8),
+    symm_mem_max_bytes={9: _SYMM_MEM, 10: _SYMM_MEM},
+    multimem_world_sizes={9: (4, 6, 8), 10: (4, 6, 8)},
+    one_shot_max_bytes={n: mb * _MIB // (2 * n) for n, mb in ((2, 512), (4, 64), (8, 42))},
+)
+
 TABLES: Mapping[str, Tables] = {
-    "0.5.23": Tables(
+    "0.5.22": _V0_5_22,
+    "0.5.23": replace(
+        _V0_5_22,
         read_in="0.5.23",
-        max_tokens=2048,
         custom={90: _SM90, 100: _SM100, 103: _SM100, 107: _SM107},
-        custom_max_bytes=16 * _MIB,
-        legacy_max_bytes=8 * _MIB,
-        legacy_world_sizes=(2, 4, 6, 8),
-        symm_mem_max_bytes={9: _SYMM_MEM, 10: _SYMM_MEM},
-        multimem_world_sizes={9: (4, 6, 8), 10: (4, 6, 8)},
-        one_shot_max_bytes={n: mb * _MIB // (2 * n) for n, mb in ((2, 512), (4, 64), (8, 42))},
     ),
 }
 
