@@ -209,8 +209,9 @@ class World:
             unique_name="tp:0", world_size=self.parallel.tp_size, rank_in_group=self.rank,
             ranks=dist.get_process_group_ranks(self.process_group), local_size=0,
             device_group=self.process_group, cpu_group=self.process_group,
-            hpu_communicator=None, xpu_communicator=None, pymscclpp_comm=None, pynccl_comm=None,
-            qr_comm=None, pcie_ipc_comm=None, torch_symm_mem_comm=None,
+            hpu_communicator=None, npu_communicator=None, xpu_communicator=None,
+            pymscclpp_comm=None, pynccl_comm=None, qr_comm=None, pcie_ipc_comm=None,
+            torch_symm_mem_comm=None,
             ca_comm=OwnKernels() if self.scenario.own_kernels else Custom(),
             is_symmetric_memory_enabled=no, _fi_workspace_hint="attn_tp",
         )  # fmt: skip
