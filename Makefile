@@ -27,7 +27,8 @@ tune: $(STAMP) ## measure this machine, write its profile, print table and decis
 	@$(BIN)/fusewise tune
 
 test: $(STAMP) ## every test this machine can run
-	@$(BIN)/python tests/vllm_sources.py
+	@$(BIN)/python -m tests.vllm_sources
+	@$(BIN)/python -m tests.sglang_sources
 	@$(BIN)/python -m pytest $(TESTERS)
 
 check: $(STAMP) ## formatting, lint, types

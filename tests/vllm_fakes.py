@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from fusewise.backends.norm import residual_rms_norm
+from fusewise.engines.router import Router
 from fusewise.engines.vllm import mark as marks
 from fusewise.engines.vllm import takeover as vllm_worker
 from fusewise.engines.vllm.mark import Mark
-from fusewise.engines.vllm.router import Router
 from fusewise.errors import DisagreementError, InputError
 from fusewise.node import Fingerprint
 from fusewise.profiles.bands import Band, Plan, Table

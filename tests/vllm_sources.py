@@ -1,40 +1,32 @@
 """Fetches vLLM wheels with pip and keeps their Python sources, for the tests of the plugin.
 
-    python tests/vllm_sources.py            # the two versions the plugin is run against
-    python tests/vllm_sources.py --all      # every release whose seams are recorded
-    python tests/vllm_sources.py --record   # writes tests/data/vllm_seams.json anew from --all
-    python tests/vllm_sources.py --add 0.34.0   # fetches a new release, records it, prints what
+    python -m tests.vllm_sources            # the two versions the plugin is run against
+    python -m tests.vllm_sources --all      # every release whose seams are recorded
+    python -m tests.vllm_sources --record   # writes tests/data/vllm_seams.json anew from --all
+    python -m tests.vllm_sources --add 0.34.0   # fetches a new release, records it, prints what
                                             # of its tables and seams differs from the newest's
 
-A wheel is some 300 MB, of which the sources kept under .cache/vllm-sources are a tenth; it is
-removed once unpacked. Released wheels do not change, so what was unpacked once stays.
+``wheel_sources.py`` says how; this file says what is read in them.
 """
 
 from __future__ import annotations
 
 import argparse
-import ast
 import json
 import re
-import shutil
-import subprocess
-import sys
-import tempfile
-import zipfile
 from pathlib import Path
 from typing import Any
 
-from fusewise.engines.vllm.on_disk import definition, signature
+from fusewise.engines.on_disk import signature
+from tests.wheel_sources import CACHE, Wheels, calls, differences, table, write
 
-ROOT = Path(__file__).resolve().parents[1]
-FOLDER = ROOT / ".cache" / "vllm-sources"
-RECORD = ROOT / "tests" / "data" / "vllm_seams.json"
+WHEELS = Wheels("vllm", CACHE / "vllm-sources")
+RECORD = Path(__file__).parent / "data" / "vllm_seams.json"
 RUN_AGAINST = ("0.22.1", "0.33.0")
 RELEASES = (
     "0.20.0", "0.21.0", "0.22.1", "0.23.0", "0.24.0", "0.25.0", "0.26.0",
     "0.27.0", "0.28.0", "0.29.0", "0.30.0", "0.31.0", "0.32.0", "0.33.0",
 )  # fmt: skip
-DOWNLOAD_TIMEOUT_S = 600
 
 _COMMUNICATORS = "distributed/device_communicators"
 _HAND_FUSED = "model_executor/layers/fused_allreduce_gemma_rms_norm.py"
@@ -59,31 +51,6 @@ _QUESTIONS = {
 }
 
 
-def unpacked(version: str) -> Path | None:
-    """The folder that holds a version's ``vllm`` package, or None when it was not fetched."""
-    folder = FOLDER / version
-    return folder if (folder / ".complete").exists() else None
-
-
-def fetch(version: str) -> None:
-    """Downloads one wheel with pip and unpacks its Python files."""
-    if unpacked(version):
-        return
-    folder = FOLDER / version
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    with tempfile.TemporaryDirectory(dir=FOLDER) as scratch:
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
-        command += ["--disable-pip-version-check", "--no-cache-dir", "--only-binary", ":all:"]
-        command += ["--retries", "1", "--dest", scratch, f"vllm=={version}"]
-        subprocess.run(command, check=True, timeout=DOWNLOAD_TIMEOUT_S)
-        (wheel,) = Path(scratch).glob("*.whl")
-        with zipfile.ZipFile(wheel) as archive:
-            wanted = [n for n in archive.namelist() if n.endswith((".py", "dist-info/METADATA"))]
-            archive.extractall(folder, wanted)
-    (folder / ".complete").touch()
-
-
 def facts(package: Path, seams: dict[str, str]) -> dict[str, Any]:
     """What the tests compare, read from the sources without importing them.
 
@@ -95,11 +62,11 @@ def facts(package: Path, seams: dict[str, str]) -> dict[str, Any]:
         "seams": {
             key: signature(package.parent, *place.split(":")) for key, place in seams.items()
         },
-        "tables": {key: _table(package / file, name) for key, (file, name) in TABLES.items()},
+        "tables": {key: table(package / file, name) for key, (file, name) in TABLES.items()},
         "dispatch": _dispatch(package / _COMMUNICATORS / "cuda_communicator.py"),
         "prefers_mnnvl": "allow_trtllm_fallback"
         in (package / _COMMUNICATORS / "flashinfer_all_reduce.py").read_text("utf-8"),
-        "fused_call": _fused_call(package / _FUSION),
+        "fused_call": calls(package / _FUSION, "flashinfer_comm.allreduce_fusion"),
         "invariant_is_plain": "not envs.VLLM_BATCH_INVARIANT"
         in (package / _COMMUNICATORS / "cuda_communicator.py").read_text("utf-8").split("def ")[1],
         "hand_fused": (package / _HAND_FUSED).exists(),
@@ -119,51 +86,19 @@ def _pins(folder: Path) -> dict[str, str]:
     return dict(found)
 
 
-def differences(old: Any, new: Any, place: str = "") -> list[str]:
-    """One line per value that differs between two releases' facts."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        keys = dict.fromkeys([*old, *new])
-        inner = (differences(old.get(k), new.get(k), f"{place}.{k}".lstrip(".")) for k in keys)
-        return [line for lines in inner for line in lines]
-    return [] if old == new else [f"{place}: {old} -> {new}"]
-
-
 def add(version: str) -> int:
     """Records one more release and prints what somebody must put into ``tables.py``."""
-    fetch(version)
+    WHEELS.fetch(version)
     known = json.loads(RECORD.read_text("utf-8"))
     newest = list(known)[-1]
-    found = facts(FOLDER / version / "vllm", seam_places())
+    found = facts(WHEELS.folder / version / "vllm", seam_places())
     changed = differences(known[newest], found)
-    write({**known, version: found})
+    write(RECORD, {**known, version: found})
     minor = ".".join(version.split(".")[:2])
     print(f"vLLM {version} against {newest}:", *(changed or ["nothing differs"]), sep="\n  ")
     print(f'tables.py: "{minor}": replace(TABLES[...], read_in="{version}", ...what differs above)')
     moved = [line for line in changed if line.startswith(("seams", "fused_call"))]
     return 1 if moved else 0
-
-
-def write(record: dict[str, Any]) -> None:
-    """The record's file, a release a line."""
-    lines = [f' "{version}": {json.dumps(entry)}' for version, entry in record.items()]
-    RECORD.parent.mkdir(exist_ok=True)
-    RECORD.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
-
-
-def _table(file: Path, name: str) -> Any:
-    """A table's value with its keys as text, as JSON keeps them; None when absent."""
-    tree = ast.parse(file.read_text("utf-8"))
-    node: Any = definition(tree, name)
-    if node is None:
-        return None
-    sizes = {"KiB": 2**10, "MiB": 2**20}
-    return _plain(eval(compile(ast.Expression(node.value), str(file), "eval"), sizes))
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    return list(value) if isinstance(value, tuple) else value
 
 
 def _dispatch(file: Path) -> list[str]:
@@ -172,13 +107,6 @@ def _dispatch(file: Path) -> list[str]:
     assert body is not None, file
     asked = re.findall("|".join(map(re.escape, _QUESTIONS)), body[0])
     return [_QUESTIONS[question] for question in asked]
-
-
-def _fused_call(file: Path) -> list[list[str]]:
-    """Keyword names of every ``flashinfer_comm.allreduce_fusion(...)``, positional ones as *."""
-    calls = [n for n in ast.walk(ast.parse(file.read_text("utf-8"))) if isinstance(n, ast.Call)]
-    fused = [c for c in calls if ast.unparse(c.func) == "flashinfer_comm.allreduce_fusion"]
-    return [["*"] * len(c.args) + [str(k.arg) for k in c.keywords] for c in fused]
 
 
 def seam_places() -> dict[str, str]:
@@ -196,7 +124,9 @@ def seam_places() -> dict[str, str]:
 
 def record() -> dict[str, Any]:
     """The facts of every release, all of which must be unpacked."""
-    return {v: facts(FOLDER / v / "vllm", seam_places()) for v in RELEASES if unpacked(v)}
+    return {
+        v: facts(WHEELS.folder / v / "vllm", seam_places()) for v in RELEASES if WHEELS.unpacked(v)
+    }
 
 
 def main() -> int:
@@ -207,13 +137,9 @@ def main() -> int:
     asked = parser.parse_args()
     if asked.add:
         return add(asked.add)
-    for version in RELEASES if asked.all or asked.record else RUN_AGAINST:
-        try:
-            fetch(version)
-        except (subprocess.SubprocessError, OSError) as error:
-            print(f"vLLM {version} could not be fetched, its tests will be skipped: {error}")
+    WHEELS.fetch_all(*(RELEASES if asked.all or asked.record else RUN_AGAINST))
     if asked.record:
-        write(record())
+        write(RECORD, record())
     return 0
 
 

@@ -32,7 +32,7 @@ def _route(rank: int, num_tokens: int) -> list[Any]:
 
     from fusewise.backends.steps import build_backend
     from fusewise.backends.symm_mem import OneShot
-    from fusewise.engines.vllm.router import Router
+    from fusewise.engines.router import Router
     from fusewise.ranks.agreement import fingerprint_of
     from fusewise.ranks.group import Group
     from fusewise.ranks.place import shares_gpus

@@ -151,7 +151,7 @@ def test_show_writes_every_form_and_its_pictures(tmp_path: Path) -> None:
         (("explain", "4K", "--hidden", "0"), 2, "hidden size out of range"),
         (("explain", "4K", "--dtype", "fp8"), 2, "unknown dtype"),
         (("audit", "--profile", "nobody"), 5, "cannot read profile nobody"),
-        (("audit", *SEED, "--engine", "sglang"), 2, "unknown engine"),
+        (("audit", *SEED, "--engine", "tgi"), 2, "unknown engine"),
         (("audit", *SEED, "--version", "9.9"), 2, "unknown vLLM version"),
         (("cap",), 2, "an engine's tables are about GPUs"),
         (("tune", "--without", "natvie"), 2, "unknown backend"),

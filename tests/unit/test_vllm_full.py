@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from fusewise.backends.norm import residual_rms_norm
+from fusewise.engines.router import choices_here, full_cap
 from fusewise.engines.vllm.dispatch import VllmSettings
-from fusewise.engines.vllm.router import choices_here, full_cap
 from fusewise.errors import RankTimeoutError
 from fusewise.profiles.bands import Plan, Table
 from fusewise.profiles.plan import derive

@@ -28,7 +28,7 @@ def outcome(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     """name → result of every scenario, under one version's sources."""
     version: str = request.param
     if not (SOURCES / version / ".complete").exists():
-        pytest.skip(f"vLLM {version}'s sources are not here: python tests/vllm_sources.py")
+        pytest.skip(f"vLLM {version}'s sources are not here: python -m tests.vllm_sources")
     folder = tmp_path_factory.mktemp("homes")
     homes = homes_in(folder)
     asked = []

@@ -18,6 +18,7 @@ import pytest
 from fusewise.engines.vllm import seams as vllm_seams
 from fusewise.engines.vllm.tables import TABLES, Tables, tables_of
 from tests import vllm_sources
+from tests.wheel_sources import Wheels, differences, write
 
 TESTS = Path(__file__).resolve().parents[1]
 RECORD: dict[str, Any] = json.loads((TESTS / "data" / "vllm_seams.json").read_text("utf-8"))
@@ -92,9 +93,9 @@ def _same_nccl_and_mnnvl(theirs: dict[str, Any], ours: Tables) -> None:
 
 @pytest.mark.parametrize("version", RECORD)
 def test_the_record_is_what_the_wheel_says(version: str) -> None:
-    folder = vllm_sources.unpacked(version)
+    folder = vllm_sources.WHEELS.unpacked(version)
     if folder is None:
-        pytest.skip(f"vLLM {version} is not unpacked: python tests/vllm_sources.py --all")
+        pytest.skip(f"vLLM {version} is not unpacked: python -m tests.vllm_sources --all")
     assert vllm_sources.facts(folder / "vllm", vllm_sources.seam_places()) == RECORD[version]
 
 
@@ -102,28 +103,28 @@ def test_differences_between_two_releases_are_named_one_by_one() -> None:
     """What ``--add`` prints for a release nobody has put into the tables yet."""
     old = {"tables": {"fusion": {"90": {"8": 0.5}}}, "dispatch": ["custom"], "gone": 1}
     new = {"tables": {"fusion": {"90": {"8": 1, "16": 2}}}, "dispatch": ["custom"], "came": 2}
-    assert vllm_sources.differences(old, new) == [
+    assert differences(old, new) == [
         "tables.fusion.90.8: 0.5 -> 1", "tables.fusion.90.16: None -> 2",
         "gone: 1 -> None", "came: None -> 2",
     ]  # fmt: skip
-    assert vllm_sources.differences(RECORD["0.33.0"], RECORD["0.33.0"]) == []
+    assert differences(RECORD["0.33.0"], RECORD["0.33.0"]) == []
 
 
 def test_a_new_release_is_one_command(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """0.33 under another name: recorded, and compared with the newest that was."""
-    folder = vllm_sources.unpacked("0.33.0")
+    folder = vllm_sources.WHEELS.unpacked("0.33.0")
     if folder is None:
-        pytest.skip("vLLM 0.33.0 is not unpacked: python tests/vllm_sources.py")
+        pytest.skip("vLLM 0.33.0 is not unpacked: python -m tests.vllm_sources")
     (tmp_path / "0.34.0").symlink_to(folder)
-    for name, path in (("FOLDER", tmp_path), ("RECORD", tmp_path / "record.json")):
-        monkeypatch.setattr(vllm_sources, name, path)
-    vllm_sources.write({"0.32.0": RECORD["0.32.0"]})
+    monkeypatch.setattr(vllm_sources, "WHEELS", Wheels("vllm", tmp_path))
+    monkeypatch.setattr(vllm_sources, "RECORD", tmp_path / "record.json")
+    write(tmp_path / "record.json", {"0.32.0": RECORD["0.32.0"]})
     assert vllm_sources.add("0.34.0") == 0
     said = capsys.readouterr().out
     assert "vLLM 0.34.0 against 0.32.0:" in said
-    changed = vllm_sources.differences(RECORD["0.32.0"], RECORD["0.33.0"])
+    changed = differences(RECORD["0.32.0"], RECORD["0.33.0"])
     assert changed
     assert all(line in said for line in changed)
     record = json.loads((tmp_path / "record.json").read_text("utf-8"))

@@ -102,7 +102,7 @@ def _engines_choice(
     settings = question.settings(
         found.profile.fingerprint if found.profile else this_node(question.tp)
     )
-    decision = question.decide(found, settings)
+    decision = question.decide(found, settings, hidden_size)
     explained = auditing.explain(settings, decision, message_bytes, hidden_size)
     named = {"engine": f"{question.engine} {settings.version}", **explained.to_record()}
     del named["message_bytes"]

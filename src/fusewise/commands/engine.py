@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 
 import typer
@@ -21,6 +22,7 @@ from fusewise.commands.question import Question, asks
 from fusewise.engines import audit as auditing
 from fusewise.engines.base import HIDDEN_SIZES, EngineSettings
 from fusewise.engines.cap import CapDecision
+from fusewise.profiles.store import Resolution
 from fusewise.report.table import Column, Section
 from fusewise.shape import format_size
 
@@ -125,23 +127,36 @@ def cap(question: Question, hidden: HiddenOption = None, fmt: FormatOption = "ta
         found.profile.fingerprint if found.profile else this_node(question.tp)
     )
     decision = question.decide(found, settings)
+    tokens = _tokens(question, found, settings, integers(hidden, HIDDEN_SIZES))
     if fmt == "table":
-        _print_cap(decision, settings)
+        _print_cap(decision, settings, tokens)
         return
-    sizes = integers(hidden, HIDDEN_SIZES)
     size = decision.cap_bytes or 0
     record = asdict(decision) | {
         "flag": settings.flag(size),
         "environment": settings.environment(size),
-        **{f"max_tokens[{h}]": settings.max_tokens(size, h) for h in sizes},
+        **{f"max_tokens[{h}]": most for h, most in tokens.items()},
     }
     write([Section("", tuple(Column(key, key) for key in record), [record])], fmt)
 
 
-def _print_cap(decision: CapDecision, settings: EngineSettings) -> None:
+def _tokens(
+    question: Question, found: Resolution, settings: EngineSettings, sizes: Iterable[int]
+) -> dict[int, int]:
+    """Hidden size → tokens within the cap."""
+    caps = {h: question.decide(found, settings, h).cap_bytes or 0 for h in sizes}
+    return {h: settings.max_tokens(cap, h) for h, cap in caps.items()}
+
+
+def _print_cap(decision: CapDecision, settings: EngineSettings, tokens: Mapping[int, int]) -> None:
     size = decision.cap_bytes or 0
     typer.echo(size)
     for line in (settings.flag(size), settings.environment(size)):
         if line is not None:
             typer.echo(line)
     typer.echo(f"fusewise: {_level(decision)}: {decision.why}", err=True)
+    told = ", ".join(f"{most} at hidden {h}" for h, most in tokens.items())
+    typer.echo(f"fusewise: tokens still fused: {told}", err=True)
+    if settings.only_lowered:
+        for note in settings.notes():
+            typer.echo(f"fusewise: {note}", err=True)

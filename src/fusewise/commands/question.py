@@ -89,10 +89,20 @@ class Question:
                 known = " or ".join(flag.values)
                 raise InputError(flag.declaration, expected=known, got=repr(value))
 
-    def decide(self, found: Resolution, settings: EngineSettings) -> CapDecision:
-        """The cap, with the level that answered."""
-        explicit = self.explicit_cap()
-        return decide_cap(found.profile, settings, explicit=explicit, profile_level=found.level)
+    def decide(
+        self, found: Resolution, settings: EngineSettings, hidden_size: int | None = None
+    ) -> CapDecision:
+        """The cap, with the level that answered.
+
+        A size is one for all hidden sizes; an engine that counts tokens has one for each.
+        """
+        return decide_cap(
+            found.profile,
+            settings,
+            explicit=self.explicit_cap(),
+            profile_level=found.level,
+            hidden_size=hidden_size if settings.counts_tokens else None,
+        )
 
     def explicit_cap(self) -> ExplicitCap | None:
         """Of ``--cap``, else of the environment."""

@@ -28,12 +28,12 @@ from fusewise.commands.options import (
     this_node,
     write,
 )
+from fusewise.engines import on_disk
 from fusewise.engines.audit import Audit
 from fusewise.engines.audit import audit as audit_profile
 from fusewise.engines.base import HIDDEN_SIZES
 from fusewise.engines.cap import CapDecision, decide_cap
 from fusewise.engines.plugin import explicit_cap, mode
-from fusewise.engines.vllm import on_disk
 from fusewise.engines.vllm.dispatch import VllmSettings
 from fusewise.engines.vllm.engine import settings_on
 from fusewise.engines.vllm.patch import TABLE_FILE, evidence, table_patch

@@ -11,6 +11,7 @@ import importlib.metadata
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 from fusewise.node import Fingerprint
 from fusewise.shape import ELEMENT_BYTES, DType, format_size, tokens_at
@@ -68,6 +69,26 @@ class Flag:
     values: tuple[str, ...] = ()
 
 
+# Options of more than one engine: of one name there can be but one declaration.
+NCCL_SYMM_MEM = Flag(
+    "nccl_symm_mem",
+    "--nccl-symm-mem",
+    "As with VLLM_USE_NCCL_SYMM_MEM=1, or SGLang's --enable-symm-mem.",
+)
+SYMM_MEM = Flag(
+    "symm_mem",
+    "--symm-mem/--no-symm-mem",
+    "As with VLLM_ALLREDUCE_USE_SYMM_MEM=1 or 0, or SGLang's --enable-torch-symm-mem.",
+)
+FLASHINFER_BACKEND = Flag(
+    "flashinfer_backend",
+    "--flashinfer-backend",
+    "As with VLLM_FLASHINFER_ALLREDUCE_BACKEND, or SGLang's --flashinfer-allreduce-fusion-backend:"
+    " trtllm or mnnvl.",
+    ("auto", "trtllm", "mnnvl"),
+)
+
+
 @dataclass(frozen=True)
 class EngineSettings(ABC):
     """One engine on one node: all that decides which kernel runs at which message.
@@ -81,7 +102,12 @@ class EngineSettings(ABC):
         world_size: the tensor-parallel size, all on one node.
         multicast: NVLink multicast can be used.
         dtype: the model's.
+
+    Attributes:
+        only_lowered: nothing can make it fuse beyond its own threshold.
     """
+
+    only_lowered: ClassVar[bool] = False
 
     version: str
     sm: int
@@ -93,6 +119,11 @@ class EngineSettings(ABC):
     @abstractmethod
     def threshold(self) -> Threshold | None:
         """Up to where it fuses by itself; None where it does not fuse at all."""
+
+    @property
+    def counts_tokens(self) -> bool:
+        """Whether its threshold weighs more at a larger hidden size."""
+        return self.threshold is not None and self.threshold.num_tokens is not None
 
     def cap_bytes(self, hidden_size: int | None = None) -> int | None:
         """``threshold`` in bytes; without a hidden size, that of the smallest usual one."""

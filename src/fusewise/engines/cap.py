@@ -102,23 +102,40 @@ def _measured_cap(
     columns = against_engine(profile, settings)
     if hidden_size is not None:
         columns = {h: columns[h] for h in nearest(columns, hidden_size)}
-    decided = [d for c in columns.values() if (d := _column_cap(c, settings))]
+    decided = [
+        answer
+        for measured_at, column in columns.items()
+        if (answer := _column_cap(column, settings, hidden_size or measured_at))
+    ]
     if len(decided) < len(columns) or not decided:
         return None  # one hidden size without an answer leaves the node without one
     cap, why = min(decided)
     return CapDecision(cap, level, profile.provenance.origin, why)
 
 
-def _column_cap(column: list[Comparison], settings: EngineSettings) -> tuple[int, str] | None:
-    """The cap of one hidden size, or None where the samples do not reach the engine's cap."""
-    known = [c for c in column if c.outcome != "not measured"]
-    loss = first_loss(known)
+def _column_cap(
+    column: list[Comparison], settings: EngineSettings, hidden_size: int
+) -> tuple[int, str] | None:
+    """The cap of one hidden size, or None where the samples do not settle it.
+
+    A loss settles it wherever it is; that fusing never loses, only samples without a gap up to the
+    engine's cap.
+    """
+    own = settings.cap_bytes(hidden_size) or 0
+    if settings.only_lowered:
+        beyond = [c.shape.message_bytes for c in column if c.shape.message_bytes >= own]
+        column = [c for c in column if c.shape.message_bytes <= min(beyond, default=own)]
+    sizes = [c.shape.message_bytes for c in column]
+    loss = first_loss(column)
     if loss is not None:
-        return safe_size(known), _loss_text(loss)
-    reach = known[-1].shape.message_bytes if known else 0
-    if reach < (settings.cap_bytes(column[0].shape.hidden_size) or 0):
+        cap = max((size for size in sizes if size < loss.shape.message_bytes), default=0)
+        why = _loss_text(loss)
+    elif max(sizes, default=0) < own or any(c.outcome == "not measured" for c in column):
         return None
-    return reach, f"fusing never loses up to {format_size(reach)}, the largest size measured"
+    else:
+        cap = max(sizes, default=0)
+        why = f"fusing never loses up to {format_size(cap)}, as far as was measured"
+    return (min(cap, own) if settings.only_lowered else cap), why
 
 
 def _loss_text(loss: Comparison) -> str:

@@ -12,6 +12,7 @@ from fusewise.errors import InputError
 
 _ENGINES = {
     "vllm": "fusewise.engines.vllm.engine",
+    "sglang": "fusewise.engines.sglang.engine",
 }
 
 

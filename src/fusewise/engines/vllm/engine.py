@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, get_args
 
-from fusewise.engines.base import Engine, Flag, FlagValue
+from fusewise.engines import base
+from fusewise.engines.base import Engine, FlagValue
 from fusewise.engines.vllm.dispatch import FlashInferBackend, VllmSettings
 from fusewise.engines.vllm.tables import TABLES, Tables
 from fusewise.errors import InputError, UnavailableError
@@ -92,18 +93,5 @@ ENGINE = Engine(
     distribution="vllm",
     versions=tuple(TABLES),
     settings=settings_on,
-    flags=(
-        Flag("nccl_symm_mem", "--nccl-symm-mem", "As with VLLM_USE_NCCL_SYMM_MEM=1."),
-        Flag(
-            "symm_mem",
-            "--symm-mem/--no-symm-mem",
-            "As with VLLM_ALLREDUCE_USE_SYMM_MEM=1 or 0.",
-        ),
-        Flag(
-            "flashinfer_backend",
-            "--flashinfer-backend",
-            "As with VLLM_FLASHINFER_ALLREDUCE_BACKEND: trtllm or mnnvl.",
-            BACKENDS,
-        ),
-    ),
+    flags=(base.NCCL_SYMM_MEM, base.SYMM_MEM, base.FLASHINFER_BACKEND),
 )

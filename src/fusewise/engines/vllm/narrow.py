@@ -16,12 +16,12 @@ from typing import Any
 
 from fusewise.engines.cap import CapDecision, decide_cap
 from fusewise.engines.plugin import explicit_cap, mode, probe_apart, torch_multicast_apart
+from fusewise.engines.router import full_cap
 from fusewise.engines.vllm import mark as marks
 from fusewise.engines.vllm import settle
 from fusewise.engines.vllm.dispatch import VllmSettings, field_mb
 from fusewise.engines.vllm.engine import plain_flashinfer_is_on, settings_on
 from fusewise.engines.vllm.mark import Mark
-from fusewise.engines.vllm.router import full_cap
 from fusewise.engines.vllm.tables import known_version, tables_of
 from fusewise.errors import FusewiseError
 from fusewise.profiles.schema import Profile

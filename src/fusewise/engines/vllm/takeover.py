@@ -14,11 +14,11 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from fusewise.engines.router import FUSED_OP, NATIVE, Router, choices_here
 from fusewise.engines.vllm import mark as marks
 from fusewise.engines.vllm.dispatch import VllmSettings
 from fusewise.engines.vllm.engine import settings_on
 from fusewise.engines.vllm.mark import Mark
-from fusewise.engines.vllm.router import FUSED_OP, NATIVE, Router, choices_here
 from fusewise.engines.vllm.seams import FUSED_SEAM, missing, wrap
 from fusewise.engines.vllm.settle import TIMEOUT_S
 from fusewise.engines.vllm.tables import known_version

@@ -1,7 +1,7 @@
-"""The seams in vLLM's sources as they lie on disk, read without importing them.
+"""Seams in an engine's sources as they lie on disk, read without importing them.
 
-For whoever must know before vLLM starts: ``fusewise vllm check``, and the tests' record of every
-release. Decides nothing.
+For whoever must know before the engine starts: ``fusewise vllm check``, and the tests' record of
+every release. Decides nothing.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from fusewise.engines.vllm.seams import Seam, parameters_fault
+from fusewise.engines.seams import Seam, parameters_fault
 
 
 def moved(seams: Iterable[Seam], folder: Path) -> list[str]:
-    """One line per seam that ``folder/vllm`` does not have, or has with other parameters."""
+    """One line per seam that the sources in ``folder`` lack, or have with other parameters."""
     faults = []
     for seam in seams:
         found = signature(folder, seam.module, seam.name)

@@ -1,11 +1,11 @@
-"""Full mode inside vLLM: its fused op and its plain all-reduce run our plan, shape by shape.
+"""Full mode inside an engine: its fused op and plain all-reduce run our plan, shape by shape.
 
-vLLM looks up ``flashinfer.comm.allreduce_fusion`` when it calls it, and writes its results in
-place; both are kept. At each size the plan names a native kernel (ours runs), a FlashInfer kernel
-(the original call runs, with vLLM's own workspace) or an unfused path (vLLM's own all-reduce runs,
-then our norm). Where our kernel refuses a shape, the narrow cap decides between the two others.
-Patterns with quantisation go to the original. How a worker takes it up, so that all
-ranks choose alike, is ``takeover.py``'s business.
+Engines look up ``flashinfer.comm.allreduce_fusion`` when they call it, and name where its results
+go; both are kept. At each size the plan names a native kernel (ours runs), a FlashInfer kernel (the
+original call runs, with the engine's own workspace) or an unfused path (the engine's own all-reduce
+runs, then our norm). Where our kernel refuses a shape, the narrow cap decides between the two
+others. Patterns with quantisation go to the original. How a worker takes it up, so that all ranks
+choose alike, is each engine's ``takeover.py``'s business.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from fusewise.engines.vllm.dispatch import VllmSettings
+from fusewise.engines.base import EngineSettings
 from fusewise.errors import FusewiseError
 from fusewise.operation import Op, all_reduce_of, backend_of, is_unfused
 from fusewise.profiles.bands import Plan, Table
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from fusewise.backends.native.backend import NativeBackend
 
-log = logging.getLogger("vllm.plugins.fusewise")
+log = logging.getLogger("fusewise.engines")
 
 FUSED_OP: Op = "all_reduce_rms_norm"
 NATIVE, _FLASHINFER = "native.", "flashinfer."
@@ -39,21 +39,21 @@ _WORKSPACE_BYTES = 64 * 2**20
 _QUANTISED = {"output", "quant_out", "scale_out"}  # arguments of patterns we do not cover
 
 
-def choices_here(profile: Profile, settings: VllmSettings) -> Profile:
-    """The profile without paths this vLLM cannot run: other kernels than its own, per size.
+def choices_here(profile: Profile, settings: EngineSettings) -> Profile:
+    """The profile without paths this engine cannot run: other kernels than its own, per size.
 
-    Its baseline is what vLLM fuses with, so that a tie keeps FlashInfer's kernel.
+    Its baseline is what it fuses with, so that a tie keeps FlashInfer's kernel.
     """
     kept = tuple(s for s in profile.samples if _runs_here(s, profile, settings))
-    baseline = settings.fused_choice(0)
+    baseline = settings.fused_choice(0, 0)
     return profile.model_copy(update={"samples": kept, "baseline": baseline})
 
 
-def _runs_here(sample: Sample, profile: Profile, settings: VllmSettings) -> bool:
+def _runs_here(sample: Sample, profile: Profile, settings: EngineSettings) -> bool:
     size = Shape(sample.num_tokens, sample.hidden_size, profile.dtype).message_bytes
-    own = settings.displaced_choice(size)
+    own = settings.displaced_choice(size, sample.hidden_size)
     if sample.op == FUSED_OP:
-        theirs = (settings.fused_choice(size), own)
+        theirs = (settings.fused_choice(size, sample.hidden_size), own)
         return sample.path in theirs or sample.path.startswith(NATIVE)
     return sample.path.startswith(NATIVE) or sample.path == all_reduce_of(own)
 
@@ -63,11 +63,11 @@ def _is_fused(path: str) -> bool:
 
 
 def full_cap(
-    profile: Profile | None, settings: VllmSettings, hidden_size: int | None
+    profile: Profile | None, settings: EngineSettings, hidden_size: int | None
 ) -> int | None:
     """The largest size at which the plan fuses, bounded by what FlashInfer's workspace holds.
 
-    None without a measured native kernel, or without times of the one vLLM fuses with: then full
+    None without a measured native kernel, or without times of the one it fuses with: then full
     mode has nothing to offer, or nothing to compare.
     """
     if profile is None:
@@ -83,7 +83,9 @@ def full_cap(
         tables = [nearest] if nearest is not None else []
     if not tables:
         return None
-    bound = max(settings.cap_bytes() or 0, _WORKSPACE_BYTES // settings.world_size)
+    bound = settings.cap_bytes(hidden_size) or 0
+    if not settings.only_lowered:
+        bound = max(bound, _WORKSPACE_BYTES // settings.world_size)
     return min(bound, *(_fuses_up_to(table) for table in tables)) or None
 
 
@@ -101,10 +103,10 @@ class Router:
 
     Args:
         native: our kernels on that group, by backend's id; on every rank the same.
-        plan: the decisions over the paths this vLLM can run, equal on all ranks.
-        plain: vLLM's own ``all_reduce`` of that group.
+        plan: the decisions over the paths this engine can run, equal on all ranks.
+        plain: the engine's own ``all_reduce`` of that group.
         pattern: FlashInfer's code of all-reduce + residual + RMSNorm without quantisation.
-        narrow_bytes: up to there FlashInfer's kernel never loses to vLLM's own all-reduce.
+        narrow_bytes: up to there FlashInfer's kernel never loses to the engine's own all-reduce.
     """
 
     def __init__(
@@ -209,8 +211,8 @@ def _aligned(*tensors: Tensor) -> bool:
 def end_worker(error: FusewiseError) -> None:
     """Ends this process at once: from now on its group computes NaN, which must not be served.
 
-    From the watchdog's thread, because a worker that replays graphs makes no call of ours. vLLM
-    watches its workers and fails the engine when one ends.
+    From the watchdog's thread, because a worker that replays graphs makes no call of ours. Engines
+    watch their workers and fail when one ends.
     """
     log.critical("fusewise: this worker ends: %s", error)
     logging.shutdown()  # flushes every handler

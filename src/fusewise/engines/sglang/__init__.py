@@ -1,0 +1,1 @@
+"""SGLang: its tables and dispatch, and the plugin."""
