@@ -31,6 +31,7 @@ _LATENT = {
 }  # fmt: skip
 _ROUTED = {**_DENSE, **_EXPERTS, "num_experts": 4}
 _BIAS_PLAN = {
+    "model.embed_tokens": "embedding_rowwise",
     "model.layers.*.self_attn.q_proj": "colwise",
     "model.layers.*.self_attn.k_proj": "colwise",
     "model.layers.*.self_attn.v_proj": "colwise",
@@ -59,7 +60,7 @@ FAMILIES: dict[str, tuple[dict[str, Any], list[str]]] = {
     "Qwen3Moe": (_ROUTED, [FUSE] * 3),
     "Mixtral": ({**_DENSE, "num_local_experts": 4}, [FUSE] * 3),
     "MiniMaxM2": ({**_DENSE, "num_local_experts": 4, "num_experts_per_tok": 2}, [FUSE] * 3),
-    "GptOss": ({**_DENSE, "num_local_experts": 4, "num_experts_per_tok": 2}, [FUSE]),
+    "GptOss": ({**_DENSE, "num_local_experts": 4, "num_experts_per_tok": 2}, [FUSE] * 2),
     "DeepseekV3": (_LATENT, [FUSE, FUSE, JOIN]),
     "Glm4Moe": (_SHARED, [FUSE] * 3 + [JOIN]),
     "Qwen3Next": (
@@ -76,7 +77,7 @@ FAMILIES: dict[str, tuple[dict[str, Any], list[str]]] = {
     "Starcoder2": (_DENSE, [LAYER_NORM] * 3),
     "Cohere2": (_DENSE, [LAYER_NORM] * 3),
 }  # fmt: skip
-PLANS = {"GptOss": _BIAS_PLAN}  # transformers has none of its own
+PLANS = {"GptOss": _BIAS_PLAN}  # transformers splits its experts only, or only its embedding
 
 
 def build(name: str, world_size: int) -> Any:

@@ -14,6 +14,7 @@ import torch.distributed._functional_collectives as fc
 from torch import Tensor
 from torch.nn.functional import rms_norm
 
+from fusewise.backends.native.fp8 import FP8_MAX, GROUP, MIN_LARGEST, Fp8, quantise
 from fusewise.backends.norm import residual_rms_norm
 
 H = 64
@@ -157,5 +158,53 @@ def _register_engine_ops() -> None:
     def c_norm(result: Tensor, input: Tensor, weight: Tensor, epsilon: float) -> None:
         result.copy_(residual_rms_norm(input, None, weight, epsilon)[0])
 
-    for operator in (c_add_norm, c_norm):
+    @torch.library.custom_op("_C::static_scaled_fp8_quant", mutates_args=("result",))
+    def c_static(
+        result: Tensor, input: Tensor, scale: Tensor, group_shape: list[int] | None = None
+    ) -> None:
+        result.copy_(quantise(input, Fp8("static"), scale)[0])
+
+    @torch.library.custom_op(
+        "_C::dynamic_per_token_scaled_fp8_quant", mutates_args=("result", "scale")
+    )
+    def c_token(result: Tensor, input: Tensor, scale: Tensor, scale_ub: Tensor | None) -> None:
+        for into, made in zip((result, scale), quantise(input, Fp8("token")), strict=True):
+            into.copy_(made)
+
+    @torch.library.custom_op("_C::per_token_group_fp8_quant", mutates_args=("output_q", "output_s"))
+    def c_group(
+        input: Tensor, output_q: Tensor, output_s: Tensor, group_size: int, eps: float,
+        fp8_min: float, fp8_max: float, scale_ue8m0: bool,
+    ) -> None:  # fmt: skip
+        for into, made in zip((output_q, output_s), quantise(input, Fp8("group")), strict=True):
+            into.copy_(made)
+
+    for operator in (c_add_norm, c_norm, c_static, c_token, c_group):
         operator.register_fake(lambda *_: None)
+
+
+def quantised(name: str, group_size: int = GROUP) -> Callable[..., Any]:
+    """f(x, r, w) → the norm quantised as vLLM's operators do it, its scales, and the sum.
+
+    ``name``: a scaling; ``"… kept"`` where the norm itself is read too. Needs ``patterns()`` first.
+    """
+    scaling, _, kept = name.partition(" ")
+
+    def function(x: Any, r: Any, w: Any) -> Any:
+        scales = w[:1].float().abs() + 0.01  # a static one
+        norm, s = added(llama, r, fc.all_reduce(x, "sum", dist.group.WORLD), w)
+        q = torch.empty_like(norm, dtype=torch.float8_e4m3fn)
+        rows, ops = norm.shape[0], torch.ops._C
+        if scaling == "static":
+            ops.static_scaled_fp8_quant(q, norm, scales, None)
+        elif scaling == "token":
+            scales = norm.new_empty((rows, 1), dtype=torch.float32)
+            ops.dynamic_per_token_scaled_fp8_quant(q, norm, scales, None)
+        else:
+            scales = norm.new_empty((rows, -(-H // GROUP)), dtype=torch.float32)
+            ops.per_token_group_fp8_quant(
+                norm, q, scales, group_size, MIN_LARGEST, -FP8_MAX, FP8_MAX, False
+            )
+        return (q, scales, s, norm * 2) if kept else (q, scales, s)
+
+    return function

@@ -20,6 +20,7 @@ import torch.distributed._functional_collectives as fc
 
 import fusewise
 from fusewise.errors import InputError
+from fusewise.graph.interpreted import interpreted_backend
 from tests.compiled import boundary_profile
 from tests.ranks import run_ranks
 
@@ -129,6 +130,28 @@ def _two_graphs(rank: int, communicator: Any, log: Log) -> dict[str, Any]:
     return results
 
 
+class Broken(Tail):
+    """Breaks its graph behind the first of three all-reduces where told to."""
+
+    def forward(self, x: Any, r: Any) -> Any:
+        norm, s = Tail.forward(self, x, r)
+        if self.broken:
+            torch._dynamo.graph_break()
+        norm, s = Tail.forward(self, norm, s)
+        return norm, fc.all_reduce(s, "sum", dist.group.WORLD)
+
+
+def _one_rank_breaks(rank: int, communicator: Any) -> dict[str, Any]:
+    """One graph of three all-reduces on one rank, two graphs on the other."""
+    torch._dynamo.reset()
+    fusion = fusewise.fusion_pass(communicator=communicator)
+    model = Broken(1e-6)
+    model.broken = rank == 1
+    compiled = torch.compile(model, backend=interpreted_backend(fusion))
+    difference = _ran(compiled, model, rank)
+    return {"choices": _choices(fusion), "graphs": fusion.graphs, "difference": difference}
+
+
 def _communicators(rank: int) -> dict[str, float]:
     """A compiled model between communicators that come and go on its group."""
     results: dict[str, float] = {}
@@ -227,6 +250,7 @@ def _everything(rank: int, cache: str) -> dict[str, Any]:
         with torch.no_grad():
             results["eps"] = _eps(rank, communicator)
             results["graphs"] = _two_graphs(rank, communicator, log)
+            results["broken"] = _one_rank_breaks(rank, communicator)
             results["said"] = _said(rank, communicator, log)
             results["traced"] = _traced(rank, communicator)
         results["gradients"] = _gradients(rank, communicator)
@@ -264,6 +288,15 @@ def test_ranks_that_would_rewrite_differently_all_leave_the_graph(
     assert "wait_tensor (rank 0: fuse, rank 1: leave)" in warned
     assert "0 of 1 all-reduces rewritten" in summary
     assert ranks[1]["graphs"]["one rank reads more"]["warnings"] == []
+
+
+def test_a_rank_with_more_graphs_than_its_peers_waits_for_nobody(
+    ranks: list[dict[str, Any]],
+) -> None:
+    for rank, graphs in zip(ranks, (1, 2), strict=True):
+        result = rank["broken"]
+        assert (result["choices"], result["graphs"]) == (["leave"] * 3, graphs)
+        assert result["difference"] <= 1e-6
 
 
 def test_a_cached_graph_on_one_rank_is_still_the_graph_of_all(ranks: list[dict[str, Any]]) -> None:

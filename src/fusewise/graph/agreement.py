@@ -2,7 +2,8 @@
 
 Speaks once per kind of graph, over the communicator's control channel, while the graph compiles;
 a kind that was settled before is not spoken of again, so that a rank may compile a graph anew for
-another size without its peers. Decides nothing about a site.
+another size without its peers. Ranks that differed once are never asked again: one that broke its
+graph in two has a second one that its peers will not speak of. Decides nothing about a site.
 """
 
 from __future__ import annotations
@@ -32,10 +33,13 @@ class Agreement:
 
     def __init__(self, group: Group | None) -> None:
         self._group = group if group is not None and group.world_size > 1 else None
-        self._settled: dict[str, bool] = {}
+        self._settled: set[str] = set()
+        self._differed = False
 
     def reached(self, decisions: Sequence[tuple[str, str]]) -> bool:
-        """Whether every rank is about to do the same; warns once, on the first rank, where not.
+        """Whether every rank is about to do the same; False for good once they were not.
+
+        The first rank warns then, naming the sites.
 
         Args:
             decisions: (site, what is done there) in graph order, the same words on all ranks.
@@ -46,12 +50,16 @@ class Agreement:
         if self._group is None or not decisions:
             return True
         digest = hashlib.sha256(json.dumps(decisions).encode()).hexdigest()
-        if digest not in self._settled:
+        if digest in self._settled:
+            return True
+        if not self._differed:
             digests = self._group.gather(_PHASE, digest)
-            self._settled[digest] = len(set(digests)) == 1
-            if not self._settled[digest]:
-                self._warn(self._group, decisions)
-        return self._settled[digest]
+            self._differed = len(set(digests)) > 1
+            if not self._differed:
+                self._settled.add(digest)
+                return True
+            self._warn(self._group, decisions)
+        return False
 
     @staticmethod
     def _warn(group: Group, decisions: Sequence[tuple[str, str]]) -> None:
@@ -65,7 +73,7 @@ class Agreement:
                 differing.append(f"{site} ({', '.join(words)})")
         if group.rank == 0:
             log.warning(
-                "%s: ranks would rewrite a graph differently, so all leave it alone: %s%s",
+                "%s: ranks would rewrite a graph differently, so all leave it and later ones: %s%s",
                 group,
                 "; ".join(differing[:_SHOWN]),
                 "; …" if len(differing) > _SHOWN else "",

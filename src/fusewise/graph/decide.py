@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from fusewise.operation import Op, is_unfused
+from fusewise.operation import Op, backend_of, is_unfused
 from fusewise.profiles.bands import Band, Plan, baseline_path, default_band
 from fusewise.shape import ELEMENT_BYTES
 
@@ -32,10 +32,15 @@ class TokenRange:
 
 @dataclass(frozen=True)
 class Decision:
-    """What becomes of a site, and the bands that say so."""
+    """What becomes of a site, and the bands that say so.
+
+    Args:
+        quantises: every path it may run writes FP8 in its own kernel.
+    """
 
     choice: Choice
     why: str
+    quantises: bool = False
 
 
 def decide(plan: Plan, hidden_size: int, tokens: TokenRange, torch_reduces: bool) -> Decision:
@@ -57,7 +62,8 @@ def decide(plan: Plan, hidden_size: int, tokens: TokenRange, torch_reduces: bool
     why = "; ".join(dict.fromkeys(map(str, bands)))
     fused = {not is_unfused(band.path) for band in bands}
     if fused == {True}:
-        return Decision("fuse", why)
+        ours = {backend_of(band.path).partition(".")[0] for band in bands} == {"native"}
+        return Decision("fuse", why, quantises=ours)
     if fused == {True, False}:
         return Decision("decide per call", why)
     bare = bands_between(plan, "all_reduce", hidden_size, tokens)

@@ -41,6 +41,7 @@ class Site:
     tokens: str
     choice: Choice
     why: str
+    fp8: str = ""  # the scaling of an FP8 quantisation that goes with it
 
     @property
     def rewritten(self) -> bool:
@@ -48,7 +49,8 @@ class Site:
         return self.choice != "leave"
 
     def __str__(self) -> str:
-        return f"  {self.node:<20} {self.shape}, {self.tokens}: {self.choice} ({self.why})"
+        also = f" + fp8 ({self.fp8})" if self.fp8 else ""
+        return f"  {self.node:<20} {self.shape}, {self.tokens}: {self.choice}{also} ({self.why})"
 
 
 class FusionPass:
@@ -102,7 +104,7 @@ class FusionPass:
             sites = [_left(site, "the ranks' graphs differ") for site in sites]
         for reduction, site in zip(reductions, sites, strict=True):
             if _kind(site) == "fuse":
-                fuse(graph, match(_again(reduction), self.rules), self.group)
+                fuse(graph, match(_again(reduction), self.rules), self.group, bool(site.fp8))
             elif site.choice == "all_reduce only":
                 replace_all_reduce(graph, _again(reduction), self.group)
         self.sites += sites
@@ -122,7 +124,7 @@ class FusionPass:
                 for other in others:
                     why = f"summed with {site.node}" if choice == "join" else site.why
                     node = str(other.result.name)
-                    joined[other.result] = replace(site, node=node, choice=choice, why=why)
+                    joined[other.result] = replace(site, node=node, choice=choice, why=why, fp8="")
             sites.append(site)
         return sites
 
@@ -146,7 +148,9 @@ class FusionPass:
         torchs = reduction.source == "torch" and len(found.parts.reductions) == 1
         torchs = torchs and found.dtype == tensor.dtype
         decision = decide(plan, int(tensor.shape[-1]), tokens, torch_reduces=torchs)
-        return replace(site, tokens=str(tokens), choice=decision.choice, why=decision.why), found
+        fp8 = found.quantiser.scaling if found.quantiser and decision.quantises else ""
+        site = replace(site, tokens=str(tokens), choice=decision.choice, why=decision.why, fp8=fp8)
+        return site, found
 
     def _tell(self, sites: list[Site]) -> None:
         """One line about a graph: a warning where it all-reduces and nothing was done about it."""
@@ -184,7 +188,7 @@ def _kind(site: Site) -> str:
 
 
 def _left(site: Site, why: str) -> Site:
-    return replace(site, choice="leave", why=why) if site.rewritten else site
+    return replace(site, choice="leave", why=why, fp8="") if site.rewritten else site
 
 
 def _again(reduction: Reduction) -> Reduction:

@@ -56,16 +56,16 @@ def one_operation(x: Node, user: Node) -> Norm | None:
     if name in ("aten::rms_norm", "aten::_fused_rms_norm"):
         if len(argument(user, 1, "normalized_shape")) != 1:
             raise UnlikeError("the norm spans several dimensions")
-        out = user if name == "aten::rms_norm" else _read_items(user, 0)[0]
+        out = user if name == "aten::rms_norm" else read_items(user, 0)[0]
         return _norm(out, argument(user, 2, "weight"), argument(user, 3, "eps"), user)
     if name == "vllm_ir::rms_norm":
         if argument(user, 3, "variance_size") is not None:
             raise UnlikeError(_PARTIAL)
         return _norm(user, argument(user, 1, "weight"), argument(user, 2, "epsilon"), user)
-    call = _functionalised(user)
+    call = functionalised(user)
     if call is None or call.name != "_C::rms_norm" or call.arguments["input"] is not x:
         return None
-    out = _read_items(user, call.results["result"])[0]
+    out = read_items(user, call.results["result"])[0]
     return _norm(out, call.arguments["weight"], call.arguments["epsilon"], user)
 
 
@@ -82,7 +82,7 @@ def add_norm(x: Node, user: Node) -> AddNorm | None:
         weight, eps = argument(user, 2, "weight"), argument(user, 3, "epsilon")
         results = (0, 1)
     else:
-        call = _functionalised(user)
+        call = functionalised(user)
         if call is None or call.name != "_C::fused_add_rms_norm":
             return None
         operands = call.arguments["input"], call.arguments["residual"]
@@ -92,7 +92,7 @@ def add_norm(x: Node, user: Node) -> AddNorm | None:
         return None
     if operands == (x, x):
         raise UnlikeError("the reduced tensor is its own residual")
-    out, *total = _read_items(user, *results)
+    out, *total = read_items(user, *results)
     residual = operands[1] if operands[0] is x else operands[0]
     return AddNorm(_norm(out, weight, eps, user), residual, total[0] if total else None)
 
@@ -105,7 +105,7 @@ def _norm(out: Node, weight: Node | None, eps: Any, call: Node) -> Norm:
     return Norm(out, weight, eps, 0.0, (call,) if out is call else (call, out))
 
 
-def _read_items(node: Node, first: int, *others: int) -> list[Node]:
+def read_items(node: Node, first: int, *others: int) -> list[Node]:
     """The readers of a tuple's items: of ``first``, then of those of ``others`` that are read."""
     items = {user.args[1]: user for user in node.users if user.target is operator.getitem}
     if len(items) != len(node.users) or first not in items or {*items} - {first, *others}:
@@ -114,7 +114,7 @@ def _read_items(node: Node, first: int, *others: int) -> list[Node]:
 
 
 @dataclass(frozen=True)
-class _Call:
+class Call:
     """A functionalised in-place call: its arguments by name, and where each mutated one returns."""
 
     name: str
@@ -122,7 +122,8 @@ class _Call:
     results: dict[str, int]
 
 
-def _functionalised(node: Node) -> _Call | None:
+def functionalised(node: Node) -> Call | None:
+    """The in-place call that torch turned into ``node``; None if it is none, or on a part."""
     name = getattr(node.target, "__name__", "")
     if name not in ("auto_functionalized", "auto_functionalized_v2"):
         return None
@@ -134,7 +135,7 @@ def _functionalised(node: Node) -> _Call | None:
     first = max(1, len(schema.returns))
     if name == "auto_functionalized":
         results = {key: first + i for i, key in enumerate(mutated)}
-        return _Call(operator_name(target), dict(node.kwargs), results)
+        return Call(operator_name(target), dict(node.kwargs), results)
     arguments = {key: given for key, given in node.kwargs.items() if not key.startswith("_")}
     bases: Any = node.kwargs["_all_bases"]
     results = {}
@@ -144,4 +145,4 @@ def _functionalised(node: Node) -> _Call | None:
             return None  # a part of its base: what is read is not the base itself
         index: Any = node.kwargs[f"_{key}_base_index"]
         arguments[key], results[key] = bases[index], first + index
-    return _Call(operator_name(target), arguments, results)
+    return Call(operator_name(target), arguments, results)

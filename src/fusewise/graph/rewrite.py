@@ -12,6 +12,7 @@ from torch.fx.node import map_arg
 import fusewise.run.operators  # noqa: F401  registers torch.ops.fusewise
 from fusewise.graph.collectives import Reduction
 from fusewise.graph.nodes import dtype_of, value
+from fusewise.graph.quantisers import Quantiser
 from fusewise.graph.sites import Match
 from fusewise.graph.sums import Term
 
@@ -21,11 +22,11 @@ if TYPE_CHECKING:
 aten = torch.ops.aten
 
 
-def fuse(graph: Graph, found: Match, group: str) -> None:
+def fuse(graph: Graph, found: Match, group: str, fp8: bool = False) -> None:
     """Replaces a site by ``fusewise.all_reduce_rms_norm``, which runs what the plan says.
 
     Readers of the norm get its first result, readers of the sum its second. Nodes of the site
-    that are read by nothing else disappear.
+    that are read by nothing else disappear. With ``fp8`` the match's quantiser goes along.
     """
     norm, reductions = found.norm, found.parts.reductions
     x = found.parts.terms[0].node
@@ -33,21 +34,38 @@ def fuse(graph: Graph, found: Match, group: str) -> None:
     inputs = [t for t in found.parts.terms if t.reduction is not None]
     with graph.inserting_before(found.anchor):
         operands = _sum(graph, inputs, found.dtype), _sum(graph, found.addends, found.dtype)
-        fused = _call(
-            graph,
-            torch.ops.fusewise.all_reduce_rms_norm.default,
-            (*operands, weight, norm.eps, norm.weight_bias, group),
-        )
-        out = _call(graph, operator.getitem, (fused, 0))
-        kept = _call(graph, operator.getitem, (fused, 1))
+        inputs_of_norm = (*operands, weight, norm.eps, norm.weight_bias)
+        quantiser = found.quantiser if fp8 else None
+        if quantiser is not None:
+            out, kept = _quantised(graph, quantiser, inputs_of_norm, len(norm.out.users) > 1, group)
+        else:
+            operation = torch.ops.fusewise.all_reduce_rms_norm.default
+            fused = _call(graph, operation, (*inputs_of_norm, group))
+            out, kept = (_call(graph, operator.getitem, (fused, i)) for i in range(2))
         out = _cast(graph, out, dtype_of(norm.out))
     norm.out.replace_all_uses_with(out)
     for total in found.totals:
         total.replace_all_uses_with(kept)
     calls = [call for reduction in reductions for call in reduction.calls]
     # Of everything that led here, what nothing reads any more; readers before what they read.
-    old = sorted({*norm.inner, *found.totals, *found.parts.inner, *calls}, reverse=True)
-    _erase_unread(graph, (*old, kept))
+    also = quantiser.inner if quantiser is not None else ()
+    old = {*norm.inner, *found.totals, *found.parts.inner, *calls, *also}
+    _erase_unread(graph, (*sorted(old, reverse=True), kept, out))
+
+
+def _quantised(
+    graph: Graph, quantiser: Quantiser, inputs: tuple[Any, ...], keep_norm: bool, group: str
+) -> tuple[Node, Node]:
+    """The operation with its quantiser, whose readers get its results; returns norm and sum."""
+    how = (quantiser.scaling, quantiser.static_scale, keep_norm, group)
+    operation = torch.ops.fusewise.all_reduce_rms_norm_fp8.default
+    fused = _call(graph, operation, (*inputs, *how))
+    fp8, scales, kept, norm = (_call(graph, operator.getitem, (fused, i)) for i in range(4))
+    quantiser.quantised.replace_all_uses_with(fp8)
+    if quantiser.scales is not None:
+        quantiser.scales.replace_all_uses_with(scales)
+    _erase_unread(graph, (scales,))
+    return norm, kept
 
 
 def replace_all_reduce(graph: Graph, reduction: Reduction, group: str) -> None:

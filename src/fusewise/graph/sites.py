@@ -6,7 +6,7 @@ operation would not reproduce makes the site stay as it was, and the reason is r
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch.fx import Node
@@ -24,6 +24,7 @@ from fusewise.graph.nodes import (
 )
 from fusewise.graph.norm_ops import Norm, add_norm
 from fusewise.graph.norms import find_norm
+from fusewise.graph.quantisers import Quantiser, quantiser_of
 from fusewise.graph.sums import USED_ELSEWHERE, Rules, Sum, Term, longer, start, why_it_ends
 
 _HALVES = (torch.bfloat16, torch.float16)
@@ -39,6 +40,7 @@ class Match:
         norm: the norm; ``norm.out`` becomes the first result.
         totals: the nodes whose value becomes the second result.
         anchor: the new operation goes before this node, behind all its inputs.
+        quantiser: what quantises the norm, if it can be part of the operation.
     """
 
     parts: Sum
@@ -46,6 +48,7 @@ class Match:
     norm: Norm
     totals: tuple[Node, ...]
     anchor: Node
+    quantiser: Quantiser | None = None
 
     @property
     def addends(self) -> list[Term]:
@@ -147,6 +150,7 @@ def _checked(parts: Sum, norm: Norm, totals: tuple[Node, ...], anchor: Node) -> 
         raise UnlikeError("shapes differ: the norm regroups rows")
     if norm.weight is None:
         return found
+    found = replace(found, quantiser=quantiser_of(norm.out, anchor))
     if weight is None or weight.dtype != dtype or normed.dtype != dtype:
         raise UnlikeError("dtypes differ: the norm's operation has another")
     if tuple(weight.shape) != (total.shape[-1],):
