@@ -1,21 +1,22 @@
 """The one exception tree. Every message says what was expected, what came, and what to do next.
 
-This file never formats for a terminal and never decides an exit code's meaning beyond the table
-below, which the command line returns as it is:
-
-====  =======================================================================
-code  meaning
-====  =======================================================================
-2     the call's words are off (unknown backend, size syntax, shape)
-3     this machine cannot do that (backend unavailable, no shared memory)
-4     ranks failed, died, disagreed or did not answer in time
-5     a profile is broken, stale or belongs to another node
-6     a result was wrong
-130   interrupted
-====  =======================================================================
+This file never formats for a terminal. ``EXIT_CODES`` is the one table of what the command line
+returns.
 """
 
 from __future__ import annotations
+
+EXIT_CODES = {
+    0: "done",
+    1: "a fault of fusewise itself",
+    2: "bad input: an unknown name, a size, a shape, an option",
+    3: "unavailable: this machine cannot do that, or a file cannot be written",
+    4: "ranks failed, died, disagreed or did not answer in time",
+    5: "a profile is broken, missing, or of another node",
+    6: "a result was wrong",
+    7: "a check that was asked for did not pass (audit --check)",
+    130: "interrupted",
+}
 
 
 class FusewiseError(Exception):
@@ -43,6 +44,12 @@ class FusewiseError(Exception):
         detail = ", ".join(d for d in details if d)
         message = f"{what}: {detail}" if detail else what
         super().__init__(f"{message}. {hint}" if hint else message)
+
+    def about(self, name: str) -> FusewiseError:
+        """The same error, with what it is about in front: a variable's or an option's name."""
+        return type(self)(
+            f"{name}: {self.what}", expected=self.expected, got=self.got, hint=self.hint
+        )
 
 
 class InputError(FusewiseError, ValueError):
@@ -89,3 +96,9 @@ class VerificationError(FusewiseError, RuntimeError):
     """A candidate's result differs from the reference."""
 
     exit_code = 6
+
+
+class CheckError(FusewiseError):
+    """What a check was asked to forbid is the case."""
+
+    exit_code = 7

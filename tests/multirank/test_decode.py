@@ -55,8 +55,13 @@ def test_rows_are_consistent(run: tuple[str, dict[str, Any], bytes]) -> None:
         assert row["logits_difference"] <= 1e-4  # fp32
         if row["arm"] == "unfused":
             assert row["ratio"] == row["ratio_low"] == row["ratio_high"] == 1.0
-    sizes = [(row["phase"], row["tokens"]) for row in document["rows"] if row["best"]]
-    assert sizes == [("decode", BATCH), ("prefill", PREFILL)]
+    stars: dict[tuple[str, int], set[tuple[str, str]]] = {}
+    for row in document["rows"]:
+        if row["best"]:
+            stars.setdefault((row["phase"], row["tokens"]), set()).add((row["path"], row["graph"]))
+    assert {size: len(run) for size, run in stars.items()} == {
+        ("decode", BATCH): 1, ("prefill", PREFILL): 1,
+    }, "one way to run is the fastest, whichever arms take it"  # fmt: skip
 
 
 def test_the_pass_rewrote_every_layer(run: tuple[str, dict[str, Any], bytes]) -> None:

@@ -63,7 +63,7 @@ def test_tune_and_bench_by_our_own_spawner(tmp_path: Path) -> None:
     out, err = run([sys.executable, "-m", "fusewise", *few], tmp_path)
     assert f"extending what was measured {first.provenance.created}" in err
     assert "4 of 15" in err, "what was missing came first, and what was there is kept"
-    out, err = run([sys.executable, "-m", "fusewise", *SMALL], tmp_path)
+    out, err = run([sys.executable, "-m", "fusewise", *SMALL, "--budget", "90s"], tmp_path)
     assert json.loads(out)["bands"]["rows"]
     assert "left" in err and "not enough" not in err
     (profile,) = profiles(tmp_path)
@@ -76,7 +76,9 @@ def test_tune_and_bench_by_our_own_spawner(tmp_path: Path) -> None:
         "gloo", "gloo + rms_norm", "shm.one_shot",
     }  # fmt: skip
     assert {row["wrong"] for row in rows} == {0}
-    assert all(row["busbw_gbps"] == pytest.approx(row["algbw_gbps"]) for row in rows)
+    assert all(row["time_low_us"] <= row["time_us"] <= row["time_high_us"] for row in rows)
+    assert {(row["hidden_size"], row["num_tokens"]) for row in rows} == {(64, 32), (64, 64)}
+    assert all(row["busbw_gb_per_s"] == pytest.approx(row["algbw_gb_per_s"]) for row in rows)
 
 
 def torchrun(*arguments: str) -> list[str]:

@@ -5,20 +5,25 @@ from __future__ import annotations
 import csv
 import io
 import json
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer
 from typer.testing import CliRunner
 
+import fusewise
 from fusewise.commands import options
 from fusewise.commands.app import app
-from fusewise.errors import InputError
+from fusewise.errors import EXIT_CODES, FusewiseError, InputError
 from fusewise.node import probe
 from fusewise.profiles import store
 from fusewise.tune.settings import Settings
 from tests.samples import FUSED, UNFUSED, profile_of
 
 SEED = ("--profile", "nvidia-h200-tp8")
+TRTLLM = ("--version", "0.33", "--flashinfer-backend", "trtllm", *SEED)
 VLLM = ("--engine", "vllm", "--version", "0.33", "--flashinfer-backend", "trtllm", *SEED)
 
 
@@ -31,16 +36,21 @@ def _clean(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.argv", ["fusewise"])
 
 
-def run(*arguments: str, code: int = 0) -> tuple[str, str]:
-    result = CliRunner().invoke(app, arguments)
+def run(*arguments: str, code: int = 0, env: dict[str, str] | None = None) -> tuple[str, str]:
+    result = CliRunner().invoke(app, arguments, env=env)
     assert result.exit_code == code, result.output
     return result.stdout, result.stderr
 
 
-def facts(*arguments: str) -> dict[str, str]:
-    """The first table of a JSON answer as fact → value."""
+def answer(*arguments: str, table: str | None = None) -> Any:
+    """The one row of a table of a JSON answer; the command's own table by default."""
     document = json.loads(run(*arguments, "--format", "json")[0])
-    return {row["fact"]: row["value"] for row in document["summary"]["rows"]}
+    (row,) = document[table or arguments[0]]["rows"]
+    return row
+
+
+def facts(*arguments: str) -> Any:
+    return answer(*arguments, table="summary")
 
 
 def test_the_audit_of_the_seed_names_band_deltas_cap_and_token_caps() -> None:
@@ -60,17 +70,76 @@ def test_the_audit_of_the_seed_names_band_deltas_cap_and_token_caps() -> None:
 @pytest.mark.parametrize(
     ("extra", "cap", "level"),
     [
-        ((), "262144 (256K)", "--profile (published)"),
-        (("--no-multicast",), "524288 (512K)", "engine default (engine default)"),
-        (("--nccl-symm-mem",), "131072 (128K)", "rule (rule)"),
-        (("--nccl-symm-mem", "--cap", "0.5M"), "524288 (512K)", "flag (explicit)"),
+        ((), 262144, ("flag", "published")),
+        (("--no-multicast",), 524288, ("engine default", "engine default")),
+        (("--nccl-symm-mem",), 131072, ("rule", "rule")),
+        (("--nccl-symm-mem", "--cap", "0.5M"), 524288, ("flag", "explicit")),
     ],
 )
 def test_the_cap_follows_switches_and_an_explicit_one_wins(
-    extra: tuple[str, ...], cap: str, level: str
+    extra: tuple[str, ...], cap: int, level: tuple[str, str]
 ) -> None:
     found = facts("audit", *VLLM, *extra)
-    assert (found["cap"], found["answered by"]) == (cap, level)
+    assert (found["cap_bytes"], (found["level"], found["origin"])) == (cap, level)
+    assert found["engine_cap_bytes"] == 524288
+
+
+def test_the_engines_own_environment_counts_in_every_command(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """`vllm check` said 131072 where `cap` and `audit` said 262144."""
+    monkeypatch.setenv("VLLM_USE_NCCL_SYMM_MEM", "1")
+    check = json.loads(
+        run("vllm", "check", "--version", "0.33", *SEED, "--format", "json",
+            env={"VLLM_FLASHINFER_ALLREDUCE_BACKEND": "trtllm"})[0]
+    )  # fmt: skip
+    answers = [
+        check["summary"]["rows"][0]["cap_bytes"],
+        facts("audit", *VLLM)["cap_bytes"],
+        answer("cap", *VLLM)["cap_bytes"],
+        answer("explain", "256K", *VLLM, table="engine")["cap_bytes"],
+    ]
+    assert answers == [131072] * 4
+    monkeypatch.setenv("VLLM_USE_NCCL_SYMM_MEM", "maybe")
+    assert "VLLM_USE_NCCL_SYMM_MEM" in run("cap", *VLLM, code=2)[1]
+
+
+def test_the_cap_of_a_hidden_size_is_its_own() -> None:
+    """It printed the cap of 2048 whatever was asked."""
+    asked = ("cap", "--version", "0.33", "--profile", "nvidia-h200-tp2")
+
+    def printed(*hidden: str) -> int:
+        return int(run(*asked, *hidden)[0].splitlines()[0])
+
+    caps = [printed(*hidden) for hidden in ((), ("--hidden", "2048"), ("--hidden", "4096"))]
+    assert caps == [8 * 2**20, 8 * 2**20, 32 * 2**20]
+    assert printed("--hidden", "4096,2048") == 8 * 2**20
+    document = json.loads(run(*asked, "--hidden", "4096,2048", "--format", "json")[0])
+    assert [(row["hidden_size"], row["cap_bytes"]) for row in document["hidden_sizes"]["rows"]] == [
+        (4096, 32 * 2**20), (2048, 8 * 2**20),
+    ]  # fmt: skip
+    audit = json.loads(run("audit", *asked[1:], "--format", "json")[0])["hidden_sizes"]["rows"]
+    assert {row["hidden_size"]: row["cap_bytes"] for row in audit} == {
+        2048: 8 * 2**20, 4096: 32 * 2**20,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("share", "code"), [("31.6%", 7), ("0.316", 7), ("31.7%", 0), ("0", 7), ("99%", 0)]
+)
+def test_a_check_fails_above_its_share(share: str, code: int) -> None:
+    out, err = run("audit", *TRTLLM, "--check", share, code=code)  # 4.30 of 13.6 µs at 512K
+    assert "Measured sizes" in out
+    assert ("fusing loses 31.6% at 512K" in err) == (code == 7)
+
+
+def test_a_check_holds_what_is_set_and_never_passes_unseen() -> None:
+    run("audit", *TRTLLM, "--check", "0", "--cap", "256K")
+    run("audit", *TRTLLM, "--check", "0", "--cap", "384K", code=7)
+    mnnvl = ("--version", "0.33", *SEED, "--flashinfer-backend", "mnnvl")
+    assert "nothing could be compared" in run("audit", *mnnvl, "--check", "50%", code=7)[1]
+    for word in ("-1", "100%", "two", ""):
+        assert "--check" in run("audit", *TRTLLM, f"--check={word}", code=2)[1]
 
 
 def test_cap_prints_the_number_and_the_flag_to_paste(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -83,8 +152,10 @@ def test_cap_prints_the_number_and_the_flag_to_paste(monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("FUSEWISE_CAP", "1M")
     assert run("cap", *VLLM)[0].splitlines()[0] == "1048576"
     assert run("cap", *VLLM, "--cap", "2M")[0].splitlines()[0] == "2097152"
-    row = json.loads(run("cap", *VLLM, "--cap", "2M", "--format", "json")[0])["rows"][0]
-    assert (row["cap_bytes"], row["level"], row["max_tokens[2048]"]) == (2097152, "flag", 512)
+    document = json.loads(run("cap", *VLLM, "--cap", "2M", "--format", "json")[0])
+    (row,) = document["cap"]["rows"]
+    assert (row["cap_bytes"], row["level"]) == (2097152, "flag")
+    assert [one["max_tokens"] for one in document["hidden_sizes"]["rows"]] == [512, 256, 146]
 
 
 @pytest.mark.parametrize(
@@ -92,18 +163,52 @@ def test_cap_prints_the_number_and_the_flag_to_paste(monkeypatch: pytest.MonkeyP
     [("256K", FUSED), ("262144", FUSED), ("384K", "multimem + rms_norm")],
 )
 def test_explain_says_path_level_and_evidence(size: str, path: str) -> None:
-    rows = json.loads(run("explain", size, *SEED, "--format", "json")[0])["rows"]
-    (found,) = rows
+    document = json.loads(run("explain", size, *SEED, "--format", "json")[0])
+    (found,) = document["explain"]["rows"]
     assert (found["path"], found["level"], found["origin"]) == (path, "flag", "published")
-    assert "µs" in found["nearest_measured"]
+    assert {row["path"] for row in document["times"]["rows"]} == {FUSED, "multimem + rms_norm"}
+    assert all(row["message_bytes"] == found["nearest_bytes"] for row in document["times"]["rows"])
+
+
+def test_explain_shows_no_interval_that_nobody_published() -> None:
+    out, _ = run("explain", "512K", *SEED)
+    assert "-4.30 µs (no interval published)" in out
+    found = answer("explain", "512K", *SEED)
+    assert (found["gain_us"], found["gain_low_us"], found["gain_high_us"]) == (-4.3, None, None)
+
+
+@pytest.mark.parametrize(
+    ("size", "origin", "verdict"),
+    [
+        ("190K", "extrapolated", "inconclusive"),
+        ("192K", "published", "fuse"),
+        ("512K", "published", "do not fuse"),
+        ("514K", "engine default", "inconclusive"),
+    ],
+)
+def test_outside_the_measured_sizes_nothing_is_claimed(
+    size: str, origin: str, verdict: str
+) -> None:
+    """Below the smallest measured size it said ``fuse``, as published."""
+    found = answer("explain", size, *SEED)
+    assert (found["origin"], found["verdict"]) == (origin, verdict)
+    assert (found["because"] is None) == (origin == "published")
+
+
+def test_an_engines_option_asks_about_the_engine_without_naming_it() -> None:
+    """`explain --cap` without an engine did nothing."""
+    asked = ("explain", "384K", *SEED, "--flashinfer-backend", "trtllm", "--version", "0.33")
+    assert answer(*asked, "--cap", "1M", table="engine")["with_cap"] == FUSED
+    assert answer("explain", "384K", *SEED, "--cap", "256K", table="engine")["level"] == "flag"
+    document = json.loads(run("explain", "384K", *SEED, "--format", "json")[0])
+    assert "engine" not in document
 
 
 def test_explain_says_which_level_answered_for_an_engines_cap(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def level(*extra: str) -> str:
-        out = run("explain", "384K", *VLLM, *extra, "--format", "json")[0]
-        return str(json.loads(out)["rows"][0]["engine_level"])
+        return str(answer("explain", "384K", *VLLM, *extra, table="engine")["level"])
 
     assert level("--nccl-symm-mem") == "rule"
     assert level("--no-multicast") == "engine default"
@@ -113,8 +218,7 @@ def test_explain_says_which_level_answered_for_an_engines_cap(
 
 
 def test_without_a_profile_explain_says_default_and_show_fails_with_the_command_to_run() -> None:
-    out, _ = run("explain", "256K", "--format", "json")
-    assert json.loads(out)["rows"][0]["level"] == "engine default"
+    assert answer("explain", "256K")["level"] == "engine default"
     _, err = run("show", code=5)
     assert "fusewise tune" in err
 
@@ -124,9 +228,9 @@ def test_this_nodes_own_profile_answers_without_being_named() -> None:
     gloo = UNFUSED.replace("nccl", "gloo")
     rows = {1: {"shm.one_shot": 5.0, gloo: 8.0}, 64: {"shm.one_shot": 5.0, gloo: 8.0}}
     store.save(profile_of(rows, node=mark, baseline=gloo))
-    found = json.loads(run("explain", "4K", "--format", "json")[0])["rows"][0]
+    found = answer("explain", "4K")
     assert (found["path"], found["level"]) == ("shm.one_shot", "user profile")
-    beyond = json.loads(run("explain", "1M", "--format", "json")[0])["rows"][0]
+    beyond = answer("explain", "1M")
     assert (beyond["path"], beyond["level"]) == (gloo, "engine default")
     assert "was not measured" in run("explain", "4K", "--hidden", "4096")[0]
     assert "is for bfloat16" not in run("explain", "4K", "--dtype", "fp16")[0]
@@ -136,7 +240,10 @@ def test_show_writes_every_form_and_its_pictures(tmp_path: Path) -> None:
     assert "multimem" in run("show", "nvidia-h200-tp8")[0]
     assert run("show", "nvidia-h200-tp8", "-f", "md")[0].count("|") > 50
     text = run("show", "nvidia-h200-tp8", "-f", "csv")[0]
-    assert any(len(row) > 5 for row in csv.reader(io.StringIO(text)))
+    assert {len(row) for row in csv.reader(io.StringIO(text))} == {
+        len(text.split("\n")[0].split(","))
+    }
+    assert run("show", *SEED, "-f", "csv")[0] == text
     svg, page = tmp_path / "p.svg", tmp_path / "p.html"
     _, err = run("show", "nvidia-h200-tp8", "--plot", str(svg), "--html", str(page))
     assert svg.read_text().startswith("<?xml")
@@ -166,9 +273,16 @@ def test_show_writes_every_form_and_its_pictures(tmp_path: Path) -> None:
         (("tune", "--without", "gloo"), 2, "cannot be left out"),
         (("tune", "--hidden", "9" * 5000), 2, "not a list of sizes"),
         (("tune", "--into", "/proc/x"), 3, "cannot keep profiles in /proc/x"),
-        (("tune", "--plot", "x.foo"), 2, "cannot draw there"),
-        (("tune", "--plot", "/nope/x.svg"), 2, "cannot draw there"),
-        (("bench", "--dtype", "int8"), 2, "unknown dtype"),
+        (("tune", "--plot", "x.foo"), 2, "expected .svg or .png"),
+        (("tune", "--plot", "/nope/x.svg"), 2, "cannot write /nope/x.svg"),
+        (("show", *SEED, "--html", "/nope/x.html"), 2, "cannot write /nope/x.html"),
+        (("show", *SEED, "--html", "/"), 2, "expected a file"),
+        (("show", *SEED, "--plot", "/proc/x.svg"), 3, "cannot write /proc/x.svg"),
+        (("decode", "--output", "/nope/x.json"), 2, "cannot write /nope/x.json"),
+        (("decode", "--plot", "x.pdf"), 2, "expected .svg or .png"),
+        (("decode", "--steps", "0"), 2, "counts out of range"),
+        (("decode", "--repeats", "0"), 2, "counts out of range"),
+        (("show", "nvidia-h200-tp8", *SEED), 2, "two profiles"),
         (("show", "nvidia-h200-tp8", "--format", "xml"), 2, "xml"),
         (("nonsense",), 2, "nonsense"),
     ],
@@ -181,11 +295,40 @@ def test_bad_words_end_with_a_code_and_a_reason_before_anything_starts(
     assert text in err
 
 
-def test_a_file_that_cannot_be_written_is_one_line() -> None:
-    result = CliRunner().invoke(app, ["show", "nvidia-h200-tp8", "--html", "/nope/x.html"])
-    assert result.exit_code == 3
-    assert "/nope/x.html" in result.stderr
-    assert "Traceback" not in result.stderr
+READING = (
+    ("show",), ("explain", "4K"), ("audit",), ("cap",), ("vllm", "check", "--version", "0.33"),
+    ("vllm", "patch", "--version", "0.33"),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("command", READING, ids=" ".join)
+def test_every_reading_command_takes_a_profile_and_treats_a_wrong_dtype_alike(
+    command: tuple[str, ...],
+) -> None:
+    """One ignored it, one took the engine's default, one failed with another code."""
+    _, err = run(*command, *SEED, "--dtype", "fp16", code=2)
+    assert "nvidia-h200-tp8 is of bfloat16: got --dtype fp16" in err
+    _, err = run(*command, *SEED, "--dtype", "int8", code=2)
+    assert "unknown dtype: expected bf16, fp16 or fp32" in err
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "code"),
+    [("FUSEWISE_CAP", "much", 2), ("FUSEWISE_PROFILE", "nope", 5), ("FUSEWISE_STRICT", "yes", 2)],
+)
+def test_a_variable_with_a_wrong_value_is_named(variable: str, value: str, code: int) -> None:
+    profile = () if variable != "FUSEWISE_CAP" else SEED
+    _, err = run("cap", *profile, code=code, env={variable: value})
+    assert variable in err
+    assert value in err
+
+
+def test_the_profile_of_a_named_file_brings_its_dtype(tmp_path: Path) -> None:
+    rows = {1: {FUSED: 5.0, UNFUSED: 8.0}}
+    file = tmp_path / "half.json"
+    file.write_text(profile_of(rows).model_copy(update={"dtype": "float16"}).to_json())
+    assert answer("explain", "4K", "--profile", str(file))["dtype"] == "float16"
+    run("explain", "4K", "--profile", str(file), "--dtype", "fp16")
 
 
 def test_the_doctor_goes_on_when_the_named_profile_is_ill(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -196,12 +339,56 @@ def test_the_doctor_goes_on_when_the_named_profile_is_ill(monkeypatch: pytest.Mo
 
 
 def test_help_teaches_and_names_the_exit_codes() -> None:
-    out, _ = run("--help")
-    for word in ("tune", "bench", "show", "explain", "audit", "cap", "doctor", "130 interrupted"):
+    out = " ".join(run("--help")[0].split())
+    for word in (
+        "tune",
+        "bench",
+        "show",
+        "explain",
+        "audit",
+        "cap",
+        "doctor",
+        "130 interrupted",
+        *(f"{code} {what}".split(":")[0] for code, what in EXIT_CODES.items()),
+    ):
         assert word in out
     assert "torchrun --nproc-per-node 8 -m fusewise tune" in " ".join(
         run("tune", "--help")[0].split()
     )
+
+
+def test_the_exit_code_of_every_error_is_in_the_table() -> None:
+    kinds = [FusewiseError]
+    for kind in kinds:
+        kinds += kind.__subclasses__()
+    assert {kind.exit_code for kind in kinds} | {0, 130} == set(EXIT_CODES)
+    assert options.INTERRUPTED in EXIT_CODES
+
+
+def test_version_and_the_short_help() -> None:
+    assert run("--version")[0] == f"fusewise {fusewise.__version__}\n"
+    assert run("-h")[0] == run("--help")[0]
+    assert run("vllm", "check", "-h")[0] == run("vllm", "check", "--help")[0]
+    assert "--show-completion" in run("--help")[0]
+
+
+def commands(group: Any, *names: str) -> Iterator[tuple[tuple[str, ...], Any]]:
+    yield names, group
+    for name, one in getattr(group, "commands", {}).items():
+        yield from commands(one, *names, name)
+
+
+ALL = dict(commands(typer.main.get_command(app)))
+
+
+@pytest.mark.parametrize("names", ALL, ids=lambda names: " ".join(names) or "fusewise")
+def test_help_fits_80_columns_and_never_cuts_an_options_name(names: tuple[str, ...]) -> None:
+    out, _ = run(*names, "--help", env={"COLUMNS": "80", "TERMINAL_WIDTH": "80"})
+    assert all(len(line) <= 80 for line in out.splitlines())
+    assert "…" not in out
+    for parameter in ALL[names].params:
+        for name in (*parameter.opts, *parameter.secondary_opts):
+            assert not name.startswith("-") or name in out, name
 
 
 def test_doctor_gives_every_backend_a_reason_or_none() -> None:

@@ -93,7 +93,7 @@ def test_an_explicit_engine_cap_wins(seed: Profile) -> None:
 
 ROWS = [
     {
-        "phase": "decode", "tokens": 8, "message_bytes": 2048, "arm": arm, "path": "p",
+        "phase": "decode", "tokens": 8, "message_bytes": 2048, "arm": arm, "path": f"of {arm}",
         "graph": "leave", "tokens_per_run": 800, "times_s": times_s, "logits_difference": 0.0,
     }
     for arm, times_s in (("unfused", [2.0, 4.0, 3.0]), ("measured", [1.0, 2.0, 1.0]))
@@ -105,6 +105,14 @@ def test_ratios_are_taken_within_rounds() -> None:
     assert (unfused["ratio"], unfused["tokens_per_s"]) == (1.0, 800 / 3.0)
     assert (measured["ratio"], measured["ratio_low"], measured["ratio_high"]) == (2.0, 2.0, 3.0)
     assert measured["best"] and not unfused["best"]
+
+
+def test_arms_that_run_the_same_are_starred_alike() -> None:
+    """The star was on whichever of them noise had put first."""
+    alike = [row | {"path": "nccl + rms_norm"} for row in ROWS]
+    assert [row["best"] for row in records(alike)] == [True, True]
+    other_graph = [alike[0], alike[1] | {"graph": "fuse"}]
+    assert [row["best"] for row in records(other_graph)] == [False, True]
 
 
 def test_the_document_keeps_every_round() -> None:

@@ -132,13 +132,14 @@ def test_an_added_engine_answers_cap_and_audit(tree: Path) -> None:
     cap = run(tree, f"cap {asked}").stdout.splitlines()
     # 512 tokens of the published columns: fusing wins up to there, at every hidden size.
     audit = json.loads(run(tree, f"audit {asked} --format json").stdout)
-    facts = {row["fact"]: row["value"] for row in audit["summary"]["rows"]}
-    assert (facts["engine"], facts["engine's own cap"]) == ("toy 1.0", "512 tokens")
+    (facts,) = audit["summary"]["rows"]
+    assert (facts["engine"], facts["engine_version"]) == ("toy", "1.0")
+    assert (facts["engine_cap_bytes"], facts["engine_cap_tokens"]) == (None, 512)
     fused = {row["num_tokens"]: row["fused_today"] for row in audit["sizes"]["rows"]}
     assert fused[512] and not fused[1024]
-    assert cap == [facts["cap"].split()[0], f"--toy-cap {cap[0]}"]
+    assert cap == [str(facts["cap_bytes"]), f"--toy-cap {cap[0]}"]
     assert "A toy." in audit["hidden_sizes"]["notes"]
-    assert facts["answered by"] == "--profile (published)"
+    assert (facts["level"], facts["origin"]) == ("flag", "published")
 
 
 def test_an_added_engines_flag_is_its_own(tree: Path) -> None:

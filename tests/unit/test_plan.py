@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from fusewise.errors import ProfileError
 from fusewise.profiles.bands import Band, Plan, Table, default_plan
 from fusewise.profiles.plan import constant_in_bytes, crossovers, decide_points, derive
-from fusewise.shape import format_size
+from fusewise.shape import Shape, format_size
 from tests.samples import FUSED, UNFUSED, profile_of
 
 CROSSING = {
@@ -149,3 +149,18 @@ def test_any_profile_gives_a_gapless_plan_that_never_picks_a_clear_loser(
         assert table.band_at(size).path == point.chosen, format_size(size)
         best = min(point.medians_us.values())
         assert point.medians_us[point.chosen] <= best / 0.98 + 1e-9
+
+
+@pytest.mark.parametrize(("tokens", "below"), [(1, None), (2, "extrapolated")])
+def test_below_the_smallest_measured_size_its_path_runs_and_nothing_is_claimed(
+    tokens: int, below: str | None
+) -> None:
+    rows = {tokens: {FUSED: 5.0, UNFUSED: 8.0}, 64: {FUSED: 5.0, UNFUSED: 8.0}}
+    (table,) = derive(profile_of(rows)).tables
+    first = Shape(tokens, 2048, "bfloat16").message_bytes
+    assert table.band_at(first).verdict == "fuse"
+    if below is None:  # there is no smaller message than one token
+        assert table.bands[0].min_bytes == 0 and table.bands[0].origin == "measured"
+    else:
+        band = table.band_at(first - 1)
+        assert (band.path, band.verdict, band.origin) == (FUSED, "inconclusive", below)

@@ -61,4 +61,6 @@ def test_bands_change_hands_at_256k(profile: Profile) -> None:
     assert table.band_at(262145).path == "multimem + rms_norm"
     assert table.band_at(524288).path == "multimem + rms_norm"
     assert table.band_at(524289).origin == "engine default"
-    assert table.band_at(1).origin == "published"
+    assert table.band_at(table.validated_from).origin == "published"
+    below = table.band_at(table.validated_from - 1)
+    assert (below.path, below.origin) == ("flashinfer.one_shot", "extrapolated")

@@ -86,6 +86,14 @@ def test_the_strip_shows_the_plan_it_was_given_not_one_of_its_own(drawn):
     assert never != svg
 
 
+def test_where_measuring_starts_is_no_crossover():
+    """Below the smallest size the same path runs, and only claims less."""
+    here = profile(tokens=(64, 256))
+    assert derive(here).tables[0].bands[0].origin == "extrapolated"
+    svg = plot.picture(here, derive(here), "svg")
+    assert sum("crossover" in text for text in labels(svg)) == 1
+
+
 def test_files_by_suffix(tmp_path):
     here = profile(tokens=(64, 256))
     plan = derive(here)
@@ -178,7 +186,7 @@ def test_the_page_stands_alone_and_holds_every_part(written):
     page = Page(written)
     assert page.tags.count("svg") == 1
     assert page.tags.count("table") == 6
-    for word in ("Decision", "Crossovers", "Not measured", "no multicast here", "world_size",
+    for word in ("Decision: all_reduce_rms_norm", "Not measured", "no multicast here", "world_size",
                  "engine default", "crossover 406K"):  # fmt: skip
         assert word in page.words
     assert not {"script", "link", "img", "iframe", "image"} & set(page.tags)
@@ -199,9 +207,10 @@ def test_the_page_escapes_what_a_profile_says():
 
 
 def test_the_decision_comes_first_and_the_chosen_cell_is_marked(written):
-    heads = re.findall(r'<h2 id="(\w+)">', written)
-    assert heads[:2] == ["bands", "crossovers"]
-    assert heads[-1] == "identity"
+    heads = re.findall(r'<h2 id="([\w-]+)">', written)
+    assert len(set(heads)) == len(heads)
+    assert heads[:2] == ["decision-all-reduce-rms-norm", "crossovers-all-reduce-rms-norm"]
+    assert heads[-1] == "node-and-provenance"
     assert written.count('class="right chosen"') == 4
     assert '<td class="right chosen">*5.00</td>' in written
     assert '<td class="do-not-fuse">do not fuse</td>' in written

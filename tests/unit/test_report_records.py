@@ -17,11 +17,12 @@ from fusewise.profiles.schema import (
     PublishedCrossover,
     Sample,
 )
-from fusewise.report.bench_table import bench, bench_record, bus_factor
+from fusewise.report.bench_table import bench, bench_record, bus_factor, header
 from fusewise.report.crossings import NO_LIMIT, constancy, crossings, rounded_size
-from fusewise.report.records import bands, excluded, identity, measurements, paths, report
-from fusewise.report.table import render_sections
+from fusewise.report.records import bands, excluded, identity, measurements, paths, tables
+from fusewise.report.text import render_sections
 from fusewise.shape import Shape
+from fusewise.tune.settings import Settings
 
 FUSED, UNFUSED = "native.one_shot", "nccl + rms_norm"
 KIB = 1024
@@ -99,8 +100,8 @@ def test_a_path_not_admitted_at_a_size_is_an_empty_cell():
     assert section.records[0]["median_us[native.one_shot]"] is None
     assert section.records[0]["gain_us"] is None
     assert section.records[0]["verdict"] == "inconclusive"
-    (document,) = json.loads(render_sections([section], "json")).values()
-    assert document["rows"] == section.records
+    rows = json.loads(render_sections([section], "json"))["measurements"]["rows"]
+    assert [row["path"] for row in rows if row["message_bytes"] == 64 * KIB] == [UNFUSED]
 
 
 def test_a_published_time_has_no_interval():
@@ -110,7 +111,8 @@ def test_a_published_time_has_no_interval():
     (row,) = section.records
     assert (row["gain_us"], row["gain_low_us"], row["gain_high_us"]) == (3.0, None, None)
     assert "gain_low_us" not in [column.key for column in section.columns]
-    assert section.notes[1].endswith("interval: none was published.")
+    assert section.notes[1].endswith("no interval was published.")
+    assert [row["time_low_us"] for row in section.rows] == [None, None]
 
 
 def test_there_is_nothing_to_fuse_in_a_plain_all_reduce():
@@ -130,11 +132,11 @@ def test_there_is_nothing_to_fuse_in_a_plain_all_reduce():
 
 def test_bands_have_no_gap_and_say_where_they_come_from():
     here = profile(*crossing_between(64, 256))
-    rows = bands(derive(here)).records
+    rows = bands(derive(here)).records[1:]
     assert [row["path"] for row in rows] == [FUSED, UNFUSED, UNFUSED]
     assert [row["origin"] for row in rows] == ["measured", "measured", "engine default"]
     assert [row["end_bytes"] for row in rows[:-1]] == [row["min_bytes"] for row in rows[1:]]
-    assert (rows[0]["from"], rows[0]["to"], rows[-1]["to"]) == ("0B", "128K", "…")
+    assert (rows[0]["from"], rows[0]["to"], rows[-1]["to"]) == ("64K", "128K", "…")
     empty = bands(default_plan("bfloat16", UNFUSED))
     assert not empty.records
     assert "no profile applies" in empty.notes[0]
@@ -210,34 +212,94 @@ def test_excluded_paths_and_numerics_and_identity():
     here = profile(
         *crossing_between(64, 256), excluded=(Exclusion(backend="multimem", reason="no multicast"),)
     )
-    assert excluded(here).records == [{"path": "multimem", "reason": "no multicast"}]
+    (left_out,) = excluded(here).rows
+    assert left_out == {"dtype": "bfloat16", "backend": "multimem", "reason": "no multicast"}
     assert paths(here).records[0]["accumulation"] is None
-    known = {row["field"]: row["value"] for row in identity(here).records}
+    known = {row["fact"]: row["value"] for row in identity(here).records}
     assert known["world_size"] == 2
     assert "driver" not in known  # unknown here: no row rather than an empty one
     assert known["multicast"] is False
+    assert identity(here).rows[0]["driver"] is None  # machines get every field
 
 
-def test_a_report_leaves_out_what_is_empty():
+def test_a_report_shows_nothing_empty_and_its_json_has_every_table():
     here = profile(*crossing_between(64, 256))
-    names = [section.name for section in report(here, derive(here))]
-    assert names == ["identity", "paths", "measurements_all_reduce_rms_norm", "bands", "crossovers"]
-
-
-def test_bench_has_the_columns_of_nccl_tests():
-    section = bench(
-        [sample(UNFUSED, 64, 8.0), sample(FUSED, 64, 4.0)],
-        "bfloat16",
-        2,
-        {("all_reduce_rms_norm", FUSED, 16, 2048): 0},
-    )
-    head, first, second = render_sections([section], "table", terminal=False).splitlines()[:3]
-    assert head.split() == [
-        "size", "B", "count", "type", "op", "path", "time", "µs",
-        "algbw", "GB/s", "busbw", "GB/s", "#wrong",
+    sections = tables(here, derive(here))
+    text = render_sections(sections, "table", terminal=False)
+    assert "Not measured" not in text
+    assert "all_reduce\n" not in text
+    document = json.loads(render_sections(sections, "json"))
+    assert list(document) == [
+        "schema_version", "profile", "paths", "measurements", "excluded", "bands", "crossovers",
     ]  # fmt: skip
-    assert first.split()[-4:] == ["4.00", "16.38", "16.38", "0"]
-    assert second.split()[-3:] == ["8.00", "8.19", "8.19"]  # not checked: no number of wrong ones
+
+
+def test_several_dtypes_are_one_document_with_a_dtype_in_every_row():
+    made = [profile(*crossing_between(64, 256), dtype=dtype) for dtype in ("bfloat16", "float16")]
+    document = json.loads(
+        render_sections([part for one in made for part in tables(one, derive(one))], "json")
+    )
+    for name in ("profile", "paths", "measurements", "bands", "crossovers"):
+        assert {row["dtype"] for row in document[name]["rows"]} == {"bfloat16", "float16"}, name
+
+
+def test_the_data_of_a_measurement_is_one_row_per_path_with_its_spread():
+    here = profile(
+        Sample(path=FUSED, num_tokens=16, hidden_size=2048, times_us=(4.0, 5.0, 6.0)),
+        Sample(path=UNFUSED, num_tokens=16, hidden_size=2048, times_us=(8.0, 8.0, 8.0)),
+    )
+    fused, unfused = measurements(here).rows
+    assert (fused["path"], fused["time_us"], fused["time_low_us"], fused["time_high_us"]) == (
+        FUSED, 5.0, 4.0, 6.0,
+    )  # fmt: skip
+    assert (fused["chosen"], unfused["chosen"], unfused["rounds"]) == (True, False, 3)
+    assert list(fused) == list(unfused)
+
+
+def test_what_is_shown_as_saving_is_the_median_of_the_paired_differences():
+    here = profile(
+        Sample(path=FUSED, num_tokens=16, hidden_size=2048, times_us=(1.0, 5.0, 9.0)),
+        Sample(path=UNFUSED, num_tokens=16, hidden_size=2048, times_us=(10.0, 6.0, 12.0)),
+    )
+    section = measurements(here)
+    (row,) = section.records
+    assert row["gain_us"] == 3.0  # of 9, 1, 3; the medians differ by 5
+    assert "median over paired rounds" in section.notes[1]
+    assert "not the difference of the medians" in section.notes[1]
+
+
+def test_where_room_is_short_the_slowest_path_that_never_runs_goes_first():
+    slow = PathRecord(name="gloo + rms_norm", provider="torch", fused=False)
+    others = profile(*crossing_between(64, 256)).paths
+    samples = (*crossing_between(64, 256), sample(slow.name, 64, 99.0))
+    here = profile(*samples, paths=(slow, *others))
+    drops = {c.key: c.drop for c in measurements(here).columns if c.key.startswith("median")}
+    assert max(drops, key=drops.get) == "median_us[gloo + rms_norm]"
+    assert all(value > 0 for value in drops.values())
+
+
+def test_bench_has_the_columns_of_nccl_tests_and_its_header():
+    settings = Settings("bfloat16", (2048,), 4096, 2**20, 1.0)
+    node = Fingerprint(device_type="cuda", device="X", world_size=2, fabric="nv18")
+    samples = [sample(UNFUSED, 64, 8.0), sample(FUSED, 64, 4.0),
+               sample("nccl", 64, 7.0, op="all_reduce")]  # fmt: skip
+    wrong = {("all_reduce_rms_norm", FUSED, 16, 2048): 0}
+    sections = bench(samples, "bfloat16", 2, wrong, header(settings, node))
+    text = render_sections(sections, "table", terminal=False).splitlines()
+    assert text[0].startswith("# nRanks 2 minBytes 4096 maxBytes 1048576 step: 2(factor)")
+    assert text[2:4] == ["# Using devices", "#  Ranks 0-1 on 1 node(s), nv18: X"]
+    assert text[5] == "# all_reduce_rms_norm"
+    assert text[6].split() == ["size", "count", "time", "spread", "algbw", "busbw"]
+    assert text[7].split() == [
+        "hidden", "tokens", "(B)", "(elements)", "type", "path", "(us)", "(±)", "(GB/s)", "(GB/s)",
+        "#wrong",
+    ]  # fmt: skip
+    first, second = text[8:10]
+    assert first.split()[:2] == ["2048", "16"]
+    assert first.split()[-5:] == ["4.00", "0.0%", "16.38", "16.38", "0"]
+    assert second.split()[-4:] == ["8.00", "0.0%", "8.19", "8.19"]  # not checked: no number
+    rows = json.loads(render_sections(sections, "json"))["bench"]["rows"]
+    assert [row["op"] for row in rows] == ["all_reduce_rms_norm"] * 2 + ["all_reduce"]
 
 
 @pytest.mark.parametrize(("world_size", "factor"), [(1, 0.0), (2, 1.0), (4, 1.5), (8, 1.75)])
@@ -246,7 +308,12 @@ def test_bus_factor(world_size, factor):
 
 
 def test_bandwidth_is_in_units_of_1e9_bytes_per_second():
-    row = bench_record(Shape(1000, 500, "float32"), "all_reduce", "nccl", 1000.0, 4, None)
+    shape = Shape(1000, 500, "float32")
+    one = Sample(op="all_reduce", path="nccl", num_tokens=1000, hidden_size=500,
+                 times_us=(990.0, 1000.0, 1010.0))  # fmt: skip
+    row = bench_record(shape, one, 4, None)
     assert (row["size_bytes"], row["count"]) == (2_000_000, 500_000)
-    assert row["algbw_gbps"] == pytest.approx(2.0)
-    assert row["busbw_gbps"] == pytest.approx(3.0)
+    assert row["algbw_gb_per_s"] == pytest.approx(2.0)
+    assert row["busbw_gb_per_s"] == pytest.approx(3.0)
+    assert (row["time_low_us"], row["time_high_us"]) == (990.0, 1010.0)
+    assert row["spread"] == pytest.approx(0.01)

@@ -57,28 +57,33 @@ def run(*arguments: str, **environ: str) -> Result:
 
 def facts(result: Result) -> dict[str, Any]:
     assert result.exit_code == 0, result.output
-    return {row["fact"]: row["value"] for row in json.loads(result.stdout)["summary"]["rows"]}
+    document = json.loads(result.stdout)
+    (row,) = document["summary"]["rows"]
+    return {**row, "bands": document["losing_bands"]["rows"]}
 
 
 def test_check_says_what_it_would_do_and_what_the_setting_costs() -> None:
     found = facts(run("check", *SEED, "--format", "json"))
-    assert found["cap today"] == "524288 (512K)"
-    assert found["cap with fusewise"] == "262144 (256K)"
-    assert found["answered by"] == "flag (published)"
-    assert "4.30 µs" in found["present cost"]
-    assert found["unfused at that cap, today"] == "flashinfer + rms_norm"
-    assert found["unfused at that cap, capped"] == "multimem + rms_norm"
-    assert '"fi_allreduce_fusion_max_size_mb": 0.25' in found["by hand"]
+    assert (found["engine_cap_bytes"], found["cap_bytes"]) == (524288, 262144)
+    assert (found["level"], found["origin"]) == ("flag", "published")
+    assert [band["worst_cost_us"] for band in found["bands"]] == [4.3]
+    assert found["unfused_today"] == "flashinfer + rms_norm"
+    assert found["unfused_capped"] == "multimem + rms_norm"
+    assert '"fi_allreduce_fusion_max_size_mb": 0.25' in found["flag"]
 
 
 def test_check_reads_vllms_own_switches() -> None:
     asked = ("check", *SEED, "--format", "json")
-    assert facts(run(*asked, VLLM_USE_NCCL_SYMM_MEM="1"))["cap with fusewise"] == "131072 (128K)"
-    assert facts(run(*asked, VLLM_ALLREDUCE_USE_SYMM_MEM="0"))["cap with fusewise"].startswith("52")
-    assert facts(run(*asked, FUSEWISE_VLLM="off"))["cap with fusewise"] == "524288 (512K)"
+
+    def cap(**environ: str) -> int:
+        return int(facts(run(*asked, **environ))["cap_bytes"])
+
+    assert cap(VLLM_USE_NCCL_SYMM_MEM="1") == 131072
+    assert cap(VLLM_ALLREDUCE_USE_SYMM_MEM="0") == 524288
+    assert cap(FUSEWISE_VLLM="off") == 524288
     explicit = facts(run(*asked, FUSEWISE_CAP="384K"))
-    assert (explicit["cap with fusewise"], explicit["answered by"]) == (
-        "393216 (384K)", "environment (explicit)",
+    assert (explicit["cap_bytes"], explicit["level"], explicit["origin"]) == (
+        393216, "environment", "explicit",
     )  # fmt: skip
 
 
@@ -110,7 +115,7 @@ def test_check_looks_for_the_seams_of_a_release_nobody_read(
     result = run("check", *SEED[2:], "--format", "json")
     found = facts(result)
     assert "vLLM 0.34.1 was not read; the tables of 0.33 stand for it" in result.stderr
-    assert found["cap with fusewise"] == "262144 (256K)"
+    assert found["cap_bytes"] == 262144
     words = "the plugin does nothing: this vLLM has moved"
     assert (words in result.stderr) == moved
     assert ("CudaCommunicator.all_reduce" in result.stderr) == moved

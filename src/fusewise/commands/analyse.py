@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -12,13 +12,16 @@ from fusewise.backends.registry import select
 from fusewise.commands.options import (
     DTypeOption,
     FormatOption,
+    ProfileOption,
     TpOption,
     WithoutOption,
     bordered,
+    check_output,
+    check_picture,
+    dtype_of,
     resolve,
     resolve_or_fail,
     tell,
-    this_node,
     words,
     write,
     write_picture,
@@ -27,31 +30,35 @@ from fusewise.commands.question import Question, asks
 from fusewise.engines import audit as auditing
 from fusewise.errors import InputError
 from fusewise.operation import Op
-from fusewise.profiles.bands import Plan
-from fusewise.profiles.plan import Point, decide_points, derive
-from fusewise.profiles.schema import Profile
+from fusewise.profiles.plan import derive
 from fusewise.profiles.store import Resolution
-from fusewise.report.records import report
-from fusewise.report.table import Column, Section
-from fusewise.shape import Shape, format_size, parse_dtype, parse_size, tokens_at
-
-_FACTS = (Column("fact", "fact"), Column("value", "value"))
+from fusewise.report.reasons import explained, reasons
+from fusewise.report.records import tables
+from fusewise.report.table import Section, facts
+from fusewise.shape import Shape, format_size, parse_size
 
 
 @bordered
 def show(
-    profile: Annotated[str | None, typer.Argument(help="A profile; default: this node's.")] = None,
-    dtype: DTypeOption = "bf16",
+    named: Annotated[
+        str | None, typer.Argument(metavar="[PROFILE]", help="The same as --profile.")
+    ] = None,
+    profile: ProfileOption = None,
+    dtype: DTypeOption = None,
     tp: TpOption = None,
     plot: Annotated[Path | None, typer.Option(help="Also write the picture: .svg, .png.")] = None,
     html: Annotated[Path | None, typer.Option(help="Also write one self-contained page.")] = None,
     fmt: FormatOption = "table",
 ) -> None:
     """A profile: its node, its decisions, its measurements, what was left out."""
-    found = resolve_or_fail(profile, dtype, tp)
+    if named is not None and profile is not None:
+        raise InputError("two profiles", expected="one", got=f"{named} and --profile {profile}")
+    check_picture(plot)
+    check_output(html)
+    found = resolve_or_fail(named if profile is None else profile, dtype, tp)
     assert found.profile is not None
     plan = derive(found.profile)
-    write(report(found.profile, plan), fmt)
+    write(tables(found.profile, plan), fmt, main="measurements")
     if plot is not None:
         write_picture(found.profile, plan, plot)
     if html is not None:
@@ -74,99 +81,42 @@ def explain(
     """Why a message of SIZE runs on the path it runs on, and which level decided.
 
     Levels, highest first: argument, flag, environment, user profile, site profile, packaged
-    profile, rule, engine default.
+    profile, rule, engine default. Asked about an engine (--engine, or any option that only an
+    engine answers), it says what that runs too.
     """
     message_bytes = parse_size(size)
     if hidden < 1:
         raise InputError("hidden size out of range", expected="at least 1", got=str(hidden))
     found = resolve(question.profile, question.dtype, question.tp, question.strict)
     tell(found.notes)
+    dtype = dtype_of(question.dtype, found.profile)
     if found.profile is not None:
         found = replace(found, profile=found.profile.without(select(words(without))))
-    facts = _decision(found, op, Shape(1, hidden, parse_dtype(question.dtype)), message_bytes)
-    if question.engine is not None:
-        facts |= _engines_choice(question, found, message_bytes, hidden)
-    rows = [
-        {"fact": key.replace("_", " "), "value": value}
-        for key, value in facts.items()
-        if value is not None
-    ]
-    if fmt == "json":
-        rows = [facts]
-    write([Section("", _FACTS, rows)], fmt)
+    answer = reasons(found, op, Shape(1, hidden, dtype), message_bytes)
+    sections = list(explained(answer))
+    if question.about_engine:
+        sections.append(_engines_choice(question, found, message_bytes, hidden))
+    write(sections, fmt)
 
 
 def _engines_choice(
     question: Question, found: Resolution, message_bytes: int, hidden_size: int
-) -> dict[str, Any]:
-    settings = question.settings(
-        found.profile.fingerprint if found.profile else this_node(question.tp)
-    )
-    decision = question.decide(found, settings, hidden_size)
-    explained = auditing.explain(settings, decision, message_bytes, hidden_size)
-    named = {"engine": f"{question.engine} {settings.version}", **explained.to_record()}
-    del named["message_bytes"]
-    return {key if key.startswith("engine") else f"engine_{key}": v for key, v in named.items()}
+) -> Section:
+    settings = question.settings(found)
+    decision = question.decide(found, settings, (hidden_size,))
+    choice = auditing.explain(settings, decision, message_bytes, hidden_size)
+    engine = {"engine": question.engine_name, "engine_version": settings.version}
+    shown = [
+        ("engine", f"{question.engine_name} {settings.version}"),
+        ("today", choice.today),
+        ("with cap", choice.with_cap),
+        ("engine's own cap", _bytes(choice.engine_cap_bytes)),
+        ("cap", _bytes(choice.cap_bytes)),
+        ("answered by", f"{choice.level} ({choice.origin})"),
+        ("because", choice.why),
+    ]
+    return facts("engine", engine | choice.to_record(), shown, "Engine")
 
 
-def _decision(found: Resolution, op: Op, row: Shape, message_bytes: int) -> dict[str, Any]:
-    facts: dict[str, Any] = {
-        "size": f"{format_size(message_bytes)} ({message_bytes} bytes)",
-        "tokens": tokens_at(message_bytes, row.hidden_size, row.dtype),
-        "operation": op,
-    }
-    profile = found.profile
-    if profile is None or profile.dtype != row.dtype:
-        why = found.where if profile is None else f"{found.where} is for {profile.dtype}"
-        return facts | {"path": "the engine's own", "level": "engine default", "because": why}
-    plan = derive(profile)
-    band = plan.band_at(op, row.hidden_size, message_bytes)
-    measured = band.origin != "engine default"
-    facts |= {
-        "path": band.path,
-        "verdict": band.verdict if op == "all_reduce_rms_norm" else None,
-        "level": found.level if measured else "engine default",
-        "origin": band.origin,
-        "profile": found.where,
-        "band": str(band),
-    }
-    return facts | _evidence(profile, plan, op, row.hidden_size, message_bytes)
-
-
-def _evidence(
-    profile: Profile, plan: Plan, op: Op, hidden_size: int, message_bytes: int
-) -> dict[str, Any]:
-    """The nearest measured point: its times, its gain, what it says about ties and rounding."""
-    table = plan.table_for(op, hidden_size)
-    if table is None:
-        return {"because": f"{op} was not measured"}
-    points = decide_points(profile, op)[table.hidden_size]
-    point = min(points, key=lambda p: abs(p.shape.message_bytes - message_bytes))
-    facts: dict[str, Any] = {
-        "validated": f"{format_size(table.validated_from)} to {format_size(table.validated_to)}",
-        "hidden_size": _hidden_note(table.hidden_size, hidden_size),
-        "nearest_measured": f"{format_size(point.shape.message_bytes)}: {_times(point)}",
-        "gain_of_fusing": _gain(point),
-        "note": point.note or None,
-    }
-    records = {path.name: path.numerics for path in profile.paths}
-    numerics = records.get(plan.band_at(op, hidden_size, message_bytes).path)
-    if numerics is not None:
-        facts["numerics"] = ", ".join(f"{k} {v}" for k, v in numerics.model_dump().items())
-    return facts
-
-
-def _hidden_note(measured: int, asked: int) -> str:
-    return str(asked) if measured == asked else f"{asked} was not measured; {measured} answers"
-
-
-def _times(point: Point) -> str:
-    ordered = sorted(point.medians_us.items(), key=lambda item: item[1])
-    return ", ".join(f"{name} {time_us:.2f} µs" for name, time_us in ordered)
-
-
-def _gain(point: Point) -> str | None:
-    if point.gain is None:
-        return None
-    gain = point.gain
-    return f"{gain.median:+.2f} µs [{gain.low:+.2f}, {gain.high:+.2f}] against the best unfused"
+def _bytes(size: int | None) -> str | None:
+    return None if size is None else f"{size} ({format_size(size)})"

@@ -5,9 +5,13 @@ Only wires commands together. Data goes to stdout, everything else to stderr.
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import typer
 
+import fusewise
 from fusewise.commands import analyse, decode, doctor, engine, measure, verify, vllm
+from fusewise.errors import EXIT_CODES
 
 app = typer.Typer(
     name="fusewise",
@@ -15,14 +19,29 @@ app = typer.Typer(
         "Measures every way to compute all_reduce + residual + RMSNorm on this node, decides per "
         "message size, explains the decision. Start with: fusewise tune"
     ),
-    epilog=(
-        "Exit codes: 0 done, 2 bad input, 3 unavailable here, 4 ranks failed, 5 profile broken "
-        "or missing, 6 wrong results, 130 interrupted."
-    ),
+    epilog=f"Exit codes: {'; '.join(f'{code} {what}' for code, what in EXIT_CODES.items())}.",
     no_args_is_help=True,
-    add_completion=False,
+    rich_markup_mode=None,  # rich cuts the names of options where a terminal is narrow
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
 )
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"fusewise {fusewise.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _program(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_version, is_eager=True, help="Print it, and exit."),
+    ] = False,
+) -> None:
+    """Options of the program itself."""
+
 
 app.command()(measure.tune)
 app.command()(verify.verify)

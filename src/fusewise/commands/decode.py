@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from dataclasses import asdict
 from datetime import datetime, timezone
@@ -18,6 +19,8 @@ from fusewise.commands.options import (
     ProfileOption,
     TpOption,
     bordered,
+    check_output,
+    check_picture,
     integers,
     tell,
     words,
@@ -101,6 +104,8 @@ def decode(
     """
     if under_torchrun():
         raise InputError("decode starts its ranks itself", hint="Run it without torchrun.")
+    check_output(output)  # before minutes are spent
+    check_picture(plot)
     team = local_team(tp)
     gpu = team.device == "cuda"
     settings = DecodeSettings(
@@ -109,7 +114,7 @@ def decode(
         dtype=parse_dtype(dtype or ("bf16" if gpu else "fp32")),
         batches=integers(batches, BATCHES),
         prefill_tokens=_prefill(prefill, gpu),
-        steps=steps or (STEPS if gpu else CPU_STEPS),
+        steps=steps if steps is not None else (STEPS if gpu else CPU_STEPS),
         repeats=repeats,
         context=context,
         compiler=compiler or ("inductor" if gpu else "interpreted"),
@@ -131,10 +136,14 @@ def decode(
         output.write_text(json.dumps(_record(result, settings, node, arms), indent=1) + "\n")
         tell([f"wrote {output}"])
     if plot is not None:
-        from fusewise.decode.picture import save
+        _draw(result, _title(settings, node), plot)
 
-        save(result["rows"], _title(settings, node), plot)
-        tell([f"wrote {plot}"])
+
+def _draw(result: dict[str, Any], title: str, plot: Path) -> None:
+    from fusewise.decode.picture import save
+
+    save(result["rows"], title, plot)
+    tell([f"wrote {plot}"])
 
 
 def _record(
@@ -171,7 +180,7 @@ def _engine(node: Fingerprint, settings: DecodeSettings) -> EngineSettings | Non
     if node.sm is None:
         return None
     engine = engine_named()
-    return engine.settings(engine.versions[-1], node, settings.dtype, {}, {})
+    return engine.settings(engine.version(), node, settings.dtype, os.environ, {})
 
 
 def _arm_record(arm: Arm, hidden_size: int) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from fusewise.commands.options import FormatOption, TpOption, bordered, this_nod
 from fusewise.errors import FusewiseError
 from fusewise.node import Fingerprint
 from fusewise.profiles import store
-from fusewise.report.table import Column, Section
+from fusewise.report.table import Column, Section, facts
 from fusewise.shape import DType, format_size
 
 _SWITCHES = (
@@ -24,6 +24,7 @@ _SWITCHES = (
     "FUSEWISE_PROFILE",
     "FUSEWISE_STRICT",
     "FUSEWISE_CAP",
+    "FUSEWISE_DEBUG",
     "FUSEWISE_VLLM",
     "FUSEWISE_REPLAY_TIMEOUT_S",
 )
@@ -33,7 +34,7 @@ _BACKENDS = (
     Column("available", "available"),
     Column("reason", "why not, and what to do"),
 )
-_FACTS = (Column("fact", "fact"), Column("value", "value"))
+_PROFILES = (Column("dtype", "of"), Column("where", "where"), Column("level", "level"))
 
 
 @bordered
@@ -45,21 +46,26 @@ def doctor(tp: TpOption = None, fmt: FormatOption = "table") -> None:
     node = this_node(tp)
     write(
         [
-            Section("node", _FACTS, _node(node), "Node"),
+            _node(node),
             Section("backends", _BACKENDS, _backends(node), "Backends"),
-            Section("profiles", _FACTS, _profiles(node), "Profiles"),
+            _profiles(node),
         ],
         fmt,
     )
 
 
-def _node(node: Fingerprint) -> list[dict[str, Any]]:
-    facts = node.model_dump(exclude_none=True)
-    facts |= {name: os.environ[name] for name in _SWITCHES if name in os.environ}
+def _node(node: Fingerprint) -> Section:
+    mark = node.model_dump()
+    shown = list(mark.items())
+    switches = {name: os.environ.get(name) for name in _SWITCHES}
+    shown += switches.items()
+    free = None
     shm = Path("/dev/shm")
     if shm.is_dir():
-        facts["shared memory free"] = format_size(max(1, shutil.disk_usage(shm).free))
-    return [{"fact": key, "value": value} for key, value in facts.items()]
+        free = shutil.disk_usage(shm).free
+        shown.append(("shared memory free", format_size(max(1, free))))
+    record = mark | {"shared_memory_free_bytes": free} | switches
+    return facts("node", record, shown, "Node")
 
 
 def _backends(node: Fingerprint) -> list[dict[str, Any]]:
@@ -80,17 +86,21 @@ def _backends(node: Fingerprint) -> list[dict[str, Any]]:
     return rows
 
 
-def _profiles(node: Fingerprint) -> list[dict[str, Any]]:
-    rows = []
+def _profiles(node: Fingerprint) -> Section:
+    rows: list[dict[str, Any]] = []
+    notes: list[str] = []
     for dtype in get_args(DType):
         try:
             found = store.find_profile(node, dtype)
         except FusewiseError as error:  # the doctor names what is ill, and goes on
-            rows.append({"fact": dtype, "value": str(error)})
+            rows.append({"dtype": dtype, "where": str(error), "level": None})
             continue
-        rows.append({"fact": dtype, "value": f"{found.where} ({found.level})"})
-        rows += [{"fact": f"{dtype} note", "value": note} for note in found.notes]
-    rows.append({"fact": "user's profiles", "value": str(store.user_dir())})
-    rows.append({"fact": "site's profiles", "value": str(store.site_dir())})
-    rows.append({"fact": "packaged profiles", "value": ", ".join(store.packaged_names())})
-    return rows
+        rows.append({"dtype": dtype, "where": found.where, "level": found.level})
+        notes += found.notes
+    places = {
+        "user's profiles": str(store.user_dir()),
+        "site's profiles": str(store.site_dir()),
+        "packaged profiles": ", ".join(store.packaged_names()),
+    }
+    notes += [f"{name}: {place}" for name, place in places.items()]
+    return Section("profiles", _PROFILES, rows, "Profiles", tuple(dict.fromkeys(notes)))

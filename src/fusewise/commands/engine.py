@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from typing import Annotated, Any
 
 import typer
 
@@ -15,52 +17,71 @@ from fusewise.commands.options import (
     resolve,
     resolve_or_fail,
     tell,
-    this_node,
     write,
 )
 from fusewise.commands.question import Question, asks
 from fusewise.engines import audit as auditing
 from fusewise.engines.base import HIDDEN_SIZES, EngineSettings
 from fusewise.engines.cap import CapDecision
-from fusewise.profiles.store import Resolution
-from fusewise.report.table import Column, Section
+from fusewise.errors import CheckError, InputError
+from fusewise.operation import all_reduce_of
+from fusewise.report.table import Column, Section, facts
 from fusewise.shape import format_size
 
 _ROWS = (
     Column("hidden_size", "hidden", align="right"),
-    Column("num_tokens", "tokens", align="right"),
+    Column("num_tokens", "tokens", align="right", drop=4),
     Column("size", "size", align="right"),
-    Column("fused_path", "fused"),
-    Column("fused_us", "fused", "µs", ".1f", "right"),
-    Column("unfused_path", "instead"),
-    Column("unfused_us", "instead", "µs", ".1f", "right"),
-    Column("delta_us", "delta", "µs", "+.2f", "right"),
-    Column("fused_today", "fused today"),
+    Column("fused_path", "fused", drop=3),
+    Column("fused_us", "fused\nµs", "", ".1f", "right"),
+    Column("instead", "instead"),
+    Column("unfused_us", "instead\nµs", "", ".1f", "right"),
+    Column("delta_us", "delta\nµs", "", "+.2f", "right"),
+    Column("fused_today", "fused\ntoday", drop=2),
     Column("verdict", "verdict"),
 )
 _NONE = "does not fuse"
-_FACTS = (Column("fact", "fact"), Column("value", "value"))
+LOSING_BANDS = tuple(
+    Column(name, name)
+    for name in (
+        "hidden_size", "above_bytes", "to_bytes", "unfused_path", "worst_cost_us",
+        "worst_at_bytes",
+    )
+)  # fmt: skip
 _HIDDEN = (
     Column("hidden_size", "hidden", align="right"),
     Column("cap_bytes", "cap", "B", align="right"),
     Column("max_tokens", "max tokens", align="right"),
     Column("level", "from"),
 )
+_PERCENT = re.compile(r"(\d+(?:\.\d+)?)\s*(%?)")
 
 
 @bordered
 @asks
-def audit(question: Question, hidden: HiddenOption = None, fmt: FormatOption = "table") -> None:
+def audit(
+    question: Question,
+    hidden: HiddenOption = None,
+    check: Annotated[
+        str | None,
+        typer.Option(
+            "--check", help="Exit with 7 where fusing loses more than this share: 2%, 0.02."
+        ),
+    ] = None,
+    fmt: FormatOption = "table",
+) -> None:
     """What an engine's own setting costs on a node, and the cap that cures it.
 
     Compares, at every measured size, the engine's fused kernel with the all-reduce that this
-    version would run instead. delta = instead − fused: above zero, fusing is faster.
+    version would run instead. delta = instead − fused: above zero, fusing is faster. The engine's
+    own environment variables count as they would for the engine.
 
     Example: fusewise audit --engine vllm --version 0.33 --profile nvidia-h200-tp8
     """
+    limit = None if check is None else _share(check)
     found = resolve_or_fail(question.profile, question.dtype, question.tp, question.strict)
     assert found.profile is not None
-    settings = question.settings(found.profile.fingerprint)
+    settings = question.settings(found)
     result = auditing.audit(
         found.profile,
         settings,
@@ -68,25 +89,38 @@ def audit(question: Question, hidden: HiddenOption = None, fmt: FormatOption = "
         hidden_sizes=integers(hidden, ()),
         profile_level=found.level,
     )
-    rows = [row | {"size": format_size(row["message_bytes"])} for row in result.rows_record()]
     write(
         [
-            Section("summary", _FACTS, _summary(result, found.where, question), "Audit"),
-            Section("sizes", _ROWS, rows, "Measured sizes"),
+            _summary(result, found.where, question),
+            Section("losing_bands", LOSING_BANDS, [], data=result.bands),
+            _sizes(result),
             Section(
                 "hidden_sizes", _HIDDEN, [asdict(h) for h in result.hidden_caps],
                 "Token caps", result.notes,
             ),
         ],
-        fmt,
+        fmt, main="sizes",
     )  # fmt: skip
+    if limit is not None:
+        _check(result, limit)
 
 
-def _summary(result: auditing.Audit, where: str, question: Question) -> list[dict[str, object]]:
+def _sizes(result: auditing.Audit) -> Section:
+    data = result.rows_record()
+    more = [
+        {"size": format_size(row["message_bytes"]), "instead": all_reduce_of(row["unfused_path"])}
+        for row in data
+    ]
+    shown = [row | extra for row, extra in zip(data, more, strict=True)]
+    note = "instead: this all-reduce, then the norm. delta = instead − fused."
+    return Section("sizes", _ROWS, shown, "Measured sizes", (note,), data)
+
+
+def _summary(result: auditing.Audit, where: str, question: Question) -> Section:
     compared = any(row.delta_us is not None for row in result.rows)
     bands = [str(band) for band in result.bands] or ["none" if compared else "unknown"]
     best = result.best_cap_bytes
-    facts: list[tuple[str, object]] = [
+    shown: list[tuple[str, object]] = [
         ("engine", f"{question.engine_name} {result.version}"),
         ("profile", where),
         ("engine's own cap", str(result.threshold or _NONE)),
@@ -95,10 +129,60 @@ def _summary(result: auditing.Audit, where: str, question: Question) -> list[dic
         ("answered by", _level(result.cap)),
         ("because", result.cap.why),
         ("cap against the best path known", "unknown" if best is None else _bytes(best)),
-        ("flag", result.flag),
-        ("environment", result.environment),
     ]
-    return [{"fact": fact, "value": value} for fact, value in facts if value is not None]
+    record = {
+        "engine": question.engine_name,
+        "engine_version": result.version,
+        "profile": where,
+        "source": result.source,
+        "compared": compared,
+        "engine_cap_bytes": result.threshold.message_bytes if result.threshold else None,
+        "engine_cap_tokens": result.threshold.num_tokens if result.threshold else None,
+        **asdict(result.cap),
+        "best_cap_bytes": best,
+        "flag": result.flag,
+        "environment": result.environment,
+    }
+    paste = tuple(line for line in (result.flag, result.environment) if line is not None)
+    return facts("summary", record, shown, "Audit", ("To paste:", *paste) if paste else ())
+
+
+def _share(text: str) -> float:
+    match = _PERCENT.fullmatch(text.strip())
+    share = float(match[1]) / (100 if match[2] else 1) if match else -1.0
+    if not 0 <= share < 1:
+        raise InputError("--check is no share", expected="a form such as 2% or 0.02", got=text)
+    return share
+
+
+def _check(result: auditing.Audit, limit: float) -> None:
+    """Raises CheckError where fusing loses by more than ``limit``, or nobody can tell.
+
+    What counts is what the engine fuses today, or up to the cap that was set explicitly.
+    """
+    cap = result.cap.cap_bytes if result.cap.origin == "explicit" else None
+    fused = [
+        row for row in result.rows if (row.fused_today if cap is None else row.message_bytes <= cap)
+    ]
+    losses = {
+        row: -row.delta_us / row.unfused_us
+        for row in fused
+        if row.verdict == "fusion loses" and row.delta_us is not None and row.unfused_us
+    }
+    if fused and all(row.verdict == "not measured" for row in fused):
+        raise CheckError(
+            "nothing could be compared",
+            expected="times of the engine's fused kernel and of what runs instead",
+            hint="Run `fusewise tune` on this node.",
+        )
+    worst = max(losses, key=lambda row: losses[row], default=None)
+    if worst is not None and losses[worst] > limit:
+        raise CheckError(
+            f"fusing loses {losses[worst]:.1%} at {format_size(worst.message_bytes)}, hidden "
+            f"{worst.hidden_size}, against {worst.unfused_path}",
+            expected=f"at most {limit:.1%}",
+            hint="`fusewise cap` prints the cap that cures it.",
+        )
 
 
 def _level(cap: CapDecision) -> str:
@@ -118,45 +202,52 @@ def cap(question: Question, hidden: HiddenOption = None, fmt: FormatOption = "ta
     """The one number an engine understands, and the exact flag to paste.
 
     The largest size up to which the engine's fused kernel never loses to its own alternative:
-    from a profile where one answers, else by rule. As table: bytes on the first line, the flag on
-    the second.
+    from a profile where one answers, else by rule; with --hidden at those hidden sizes only. As
+    table: bytes on the first line, the flag on the second. The engine's own environment variables
+    count as they would for the engine.
     """
     found = resolve(question.profile, question.dtype, question.tp, question.strict)
     tell(found.notes)
-    settings = question.settings(
-        found.profile.fingerprint if found.profile else this_node(question.tp)
-    )
-    decision = question.decide(found, settings)
-    tokens = _tokens(question, found, settings, integers(hidden, HIDDEN_SIZES))
+    settings = question.settings(found)
+    named = integers(hidden, ())
+    decision = question.decide(found, settings, named)
+    rows = [
+        _hidden_row(size, question.decide(found, settings, (size,)), settings)
+        for size in named or HIDDEN_SIZES
+    ]
     if fmt == "table":
-        _print_cap(decision, settings, tokens)
+        _print_cap(decision, settings, rows)
         return
     size = decision.cap_bytes or 0
     record = asdict(decision) | {
         "flag": settings.flag(size),
         "environment": settings.environment(size),
-        **{f"max_tokens[{h}]": most for h, most in tokens.items()},
     }
-    write([Section("", tuple(Column(key, key) for key in record), [record])], fmt)
+    columns = tuple(Column(key, key) for key in record)
+    write([Section("cap", columns, [record]), Section("hidden_sizes", _HIDDEN, rows)], fmt)
 
 
-def _tokens(
-    question: Question, found: Resolution, settings: EngineSettings, sizes: Iterable[int]
-) -> dict[int, int]:
-    """Hidden size → tokens within the cap."""
-    caps = {h: question.decide(found, settings, h).cap_bytes or 0 for h in sizes}
-    return {h: settings.max_tokens(cap, h) for h, cap in caps.items()}
+def _hidden_row(size: int, decision: CapDecision, settings: EngineSettings) -> dict[str, Any]:
+    cap_bytes = decision.cap_bytes
+    tokens = None if cap_bytes is None else settings.max_tokens(cap_bytes, size)
+    return {
+        "hidden_size": size,
+        "cap_bytes": cap_bytes,
+        "max_tokens": tokens,
+        "level": decision.level,
+    }
 
 
-def _print_cap(decision: CapDecision, settings: EngineSettings, tokens: Mapping[int, int]) -> None:
+def _print_cap(
+    decision: CapDecision, settings: EngineSettings, rows: Sequence[Mapping[str, Any]]
+) -> None:
     size = decision.cap_bytes or 0
     typer.echo(size)
     for line in (settings.flag(size), settings.environment(size)):
         if line is not None:
             typer.echo(line)
     typer.echo(f"fusewise: {_level(decision)}: {decision.why}", err=True)
-    told = ", ".join(f"{most} at hidden {h}" for h, most in tokens.items())
+    told = ", ".join(f"{row['max_tokens'] or 0} at hidden {row['hidden_size']}" for row in rows)
     typer.echo(f"fusewise: tokens still fused: {told}", err=True)
-    if settings.only_lowered:
-        for note in settings.notes():
-            typer.echo(f"fusewise: {note}", err=True)
+    for note in settings.notes() if settings.only_lowered else ():
+        typer.echo(f"fusewise: {note}", err=True)

@@ -18,6 +18,7 @@ from fusewise.commands.options import (
     TpOption,
     WithoutOption,
     bordered,
+    dtype_of,
     dtypes,
     integers,
     seconds,
@@ -29,12 +30,12 @@ from fusewise.commands.options import (
 from fusewise.errors import InputError
 from fusewise.profiles import history, store
 from fusewise.profiles.plan import derive
-from fusewise.profiles.schema import Profile, Sample
+from fusewise.profiles.schema import Profile
 from fusewise.ranks.teams import Team, local_team, torchrun_team, under_torchrun
-from fusewise.report.bench_table import bench as bench_section
-from fusewise.report.records import report
-from fusewise.report.table import Section
-from fusewise.shape import DType, parse_dtype, parse_size
+from fusewise.report.bench_table import bench as bench_sections
+from fusewise.report.bench_table import header
+from fusewise.report.records import tables
+from fusewise.shape import DType, parse_size
 from fusewise.tune.settings import (
     CPU_HIDDEN_SIZES,
     CPU_MAX_BYTES,
@@ -97,7 +98,8 @@ def tune(
                 made.append(profile)
         if not made or (team.world is not None and team.world.rank):
             return
-        write([part for one in made for part in report(one, derive(one))], fmt)
+        parts = [part for one in made for part in tables(one, derive(one))]
+        write(parts, fmt, main="measurements")
         for one, picture in pictures.items():
             found = next(profile for profile in made if profile.dtype == one)
             write_picture(found, derive(found), picture)
@@ -141,7 +143,7 @@ def _tuned(
 @bordered
 def bench(
     hidden: HiddenOption = None,
-    dtype: DTypeOption = "bf16",
+    dtype: DTypeOption = None,
     tp: TpOption = None,
     min_size: MinOption = str(MIN_BYTES),
     max_size: MaxOption = None,
@@ -155,17 +157,14 @@ def bench(
     from fusewise.tune.supervise import bench_team
 
     with _team(tp) as team:
-        one = parse_dtype(dtype)
+        one = dtype_of(dtype, None)
         settings = _settings(team, hidden, one, min_size, max_size, "24h", rounds, without)
         with alone(), terminated_like_interrupted(), progress("bench") as listen:
             found = bench_team(team, settings, listen)
         if found is not None:
-            write([_bench_section(found, one, team.world_size)], fmt)
-
-
-def _bench_section(found: list[tuple[Sample, int]], dtype: DType, world_size: int) -> Section:
-    wrong = {(s.op, s.path, s.num_tokens, s.hidden_size): count for s, count in found}
-    return bench_section([sample for sample, _ in found], dtype, world_size, wrong)
+            wrong = {(s.op, s.path, s.num_tokens, s.hidden_size): count for s, count in found}
+            samples, head = [sample for sample, _ in found], header(settings, team.node())
+            write(bench_sections(samples, one, team.world_size, wrong, head), fmt)
 
 
 @contextmanager

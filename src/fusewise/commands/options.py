@@ -16,8 +16,10 @@ import typer
 from fusewise.errors import FusewiseError, InputError, ProfileError, UnavailableError
 from fusewise.node import Fingerprint, gpu_count, probe
 from fusewise.profiles import store
+from fusewise.profiles.schema import Profile
 from fusewise.ranks.place import default_ranks
-from fusewise.report.table import Format, Section, render_sections
+from fusewise.report.table import Format, Section
+from fusewise.report.text import render_sections
 from fusewise.shape import DType, parse_dtype
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -33,7 +35,10 @@ ProfileOption = Annotated[
         "--profile", "-p", help="A profile's file, or a packaged one's name (nvidia-h200-tp8)."
     ),
 ]
-DTypeOption = Annotated[str, typer.Option("--dtype", "-d", help="bf16, fp16 or fp32.")]
+DTypeOption = Annotated[
+    str | None,
+    typer.Option("--dtype", "-d", help="bf16, fp16 or fp32. Default: the profile's, else bf16."),
+]
 HiddenOption = Annotated[
     str | None, typer.Option("--hidden", help="Hidden sizes, such as 2048,4096,7168.")
 ]
@@ -77,11 +82,14 @@ def bordered(command: Command) -> Command:
     return run  # type: ignore[return-value]
 
 
-def write(sections: Sequence[Section], fmt: Format) -> None:
-    """Data to stdout, flushed, so that a closed pipe is noticed here."""
+def write(sections: Sequence[Section], fmt: Format, main: str | None = None) -> None:
+    """Data to stdout, flushed, so that a closed pipe is noticed here.
+
+    ``main``: the name of the one table that CSV holds; by default the first.
+    """
     if sys.stdout is None:
         raise UnavailableError("stdout is closed", hint="Redirect it to a file or a pipe.")
-    text = render_sections(sections, fmt)
+    text = render_sections(sections, fmt, main=main)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal without µ still gets its table
     sys.stdout.write(text if text.endswith("\n") else text + "\n")
@@ -127,25 +135,36 @@ def this_node(tp: int | None) -> Fingerprint:
 
 
 def resolve(
-    profile: str | None, dtype: str, tp: int | None, strict: bool | None = None
+    profile: str | None, dtype: str | None, tp: int | None, strict: bool | None = None
 ) -> store.Resolution:
     """The profile to read: the one named, whatever node it is from, else this node's own.
 
     Raises:
+        InputError: an unknown dtype, or the named profile is of another dtype or number of ranks.
         ProfileError: the named profile is missing or malformed.
     """
+    asked = None if dtype is None else parse_dtype(dtype)
     named = profile if profile is not None else os.environ.get("FUSEWISE_PROFILE")
-    if named:
-        found = store.load(named)
-        ranks = found.fingerprint.world_size
-        if tp not in (None, ranks):
-            raise InputError(f"{named} is of {ranks} ranks", got=f"--tp {tp}")
-        return store.Resolution(found, "environment" if profile is None else "flag", named)
-    return store.find_profile(this_node(tp), parse_dtype(dtype), strict=strict)
+    if not named:
+        return store.find_profile(this_node(tp), asked or "bfloat16", strict=strict)
+    found = store.load(named) if profile is not None else store.load_variable(named)
+    ranks = found.fingerprint.world_size
+    if tp not in (None, ranks):
+        raise InputError(f"{named} is of {ranks} ranks", got=f"--tp {tp}")
+    if asked not in (None, found.dtype):
+        raise InputError(f"{named} is of {found.dtype}", got=f"--dtype {dtype}")
+    return store.Resolution(found, "environment" if profile is None else "flag", named)
+
+
+def dtype_of(dtype: str | None, profile: Profile | None) -> DType:
+    """The dtype asked for, else the profile's, else bfloat16."""
+    if dtype is not None:
+        return parse_dtype(dtype)
+    return "bfloat16" if profile is None else profile.dtype
 
 
 def resolve_or_fail(
-    profile: str | None, dtype: str, tp: int | None, strict: bool | None = None
+    profile: str | None, dtype: str | None, tp: int | None, strict: bool | None = None
 ) -> store.Resolution:
     """Like ``resolve``; an error where no profile applies."""
     found = resolve(profile, dtype, tp, strict)
@@ -172,16 +191,34 @@ def write_picture(profile: Any, plan: Any, file: Path) -> None:
     typer.echo(f"fusewise: wrote {file}", err=True)
 
 
-def check_picture(file: Path) -> None:
-    """Whether a picture can be written there.
+def check_output(file: Path | None, suffixes: Sequence[str] = ()) -> None:
+    """Whether a file can be written there: asked before anything is measured.
 
     Raises:
         InputError: another suffix, or no such directory.
+        UnavailableError: nothing can be written there.
     """
-    if file.suffix.lower() not in (".svg", ".png") or not file.parent.is_dir():
-        raise InputError(
-            "cannot draw there", expected=".svg or .png in a directory that exists", got=str(file)
-        )
+    if file is None:
+        return
+    if suffixes and file.suffix.lower() not in suffixes:
+        raise InputError("unknown picture format", expected=" or ".join(suffixes), got=str(file))
+    if not file.parent.is_dir():
+        raise InputError(f"cannot write {file}", got="a directory that does not exist")
+    if file.is_dir():
+        raise InputError(f"cannot write {file}", expected="a file", got="a directory")
+    try:
+        if file.exists():
+            file.open("r+b").close()
+        else:
+            file.open("xb").close()
+            file.unlink()
+    except OSError as error:
+        raise UnavailableError(f"cannot write {file}", got=error.strerror) from error
+
+
+def check_picture(file: Path | None) -> None:
+    """Whether a picture can be written there; see ``check_output``."""
+    check_output(file, (".svg", ".png"))
 
 
 def dtypes(text: str) -> tuple[DType, ...]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import inspect
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Annotated, Any, TypeVar, get_type_hints
 
@@ -19,15 +19,15 @@ from fusewise.commands.options import (
     ProfileOption,
     StrictOption,
     TpOption,
+    dtype_of,
+    this_node,
 )
 from fusewise.engines import registry
 from fusewise.engines.base import Engine, EngineSettings, FlagValue
 from fusewise.engines.cap import CapDecision, ExplicitCap, decide_cap
 from fusewise.engines.plugin import explicit_cap
 from fusewise.errors import InputError
-from fusewise.node import Fingerprint
 from fusewise.profiles.store import Resolution
-from fusewise.shape import parse_dtype
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -39,7 +39,7 @@ class Question:
     """Which profile, and which engine on its node. ``own``: the engine's own flags, those given."""
 
     profile: ProfileOption = None
-    dtype: DTypeOption = "bf16"
+    dtype: DTypeOption = None
     tp: TpOption = None
     engine: Annotated[str | None, typer.Option("--engine", help=f"The engine: {_NAMES}.")] = None
     version: Annotated[
@@ -58,14 +58,15 @@ class Question:
     strict: StrictOption = None
     own: Mapping[str, FlagValue] = field(default_factory=dict)
 
-    def settings(self, node: Fingerprint) -> EngineSettings:
-        """The engine on that node; its environment is not this process's, flags say all.
+    def settings(self, found: Resolution) -> EngineSettings:
+        """The engine on the profile's node, else on this one; flags win over its environment.
 
         Raises:
             InputError: an engine, version or flag that is not known, or a node without GPUs.
         """
         engine = registry.engine_named(self.engine)
         self._check_flags(engine)
+        node = found.profile.fingerprint if found.profile else this_node(self.tp)
         if node.sm is None:
             raise InputError(
                 "an engine's tables are about GPUs",
@@ -76,7 +77,15 @@ class Question:
         if self.multicast is not None:
             node = node.model_copy(update={"multicast": self.multicast})
         version = self.version or engine.version()
-        return engine.settings(version, node, parse_dtype(self.dtype), {}, self.own)
+        dtype = dtype_of(self.dtype, found.profile)
+        return engine.settings(version, node, dtype, os.environ, self.own)
+
+    @property
+    def about_engine(self) -> bool:
+        """Whether anything was asked that only an engine answers."""
+        return bool(
+            self.engine or self.version or self.cap or self.own or self.multicast is not None
+        )
 
     def _check_flags(self, engine: Engine) -> None:
         others = [name for name in self.own if name not in {flag.name for flag in engine.flags}]
@@ -90,19 +99,18 @@ class Question:
                 raise InputError(flag.declaration, expected=known, got=repr(value))
 
     def decide(
-        self, found: Resolution, settings: EngineSettings, hidden_size: int | None = None
+        self, found: Resolution, settings: EngineSettings, hidden_sizes: Sequence[int] = ()
     ) -> CapDecision:
-        """The cap, with the level that answered.
-
-        A size is one for all hidden sizes; an engine that counts tokens has one for each.
-        """
-        return decide_cap(
+        """The cap, with the level that answered; the smallest of those of some hidden sizes."""
+        decide = functools.partial(
+            decide_cap,
             found.profile,
             settings,
             explicit=self.explicit_cap(),
             profile_level=found.level,
-            hidden_size=hidden_size if settings.counts_tokens else None,
         )
+        decided = [decide(hidden_size=size) for size in hidden_sizes] or [decide()]
+        return min(decided, key=lambda one: one.cap_bytes or 0)
 
     def explicit_cap(self) -> ExplicitCap | None:
         """Of ``--cap``, else of the environment."""

@@ -31,10 +31,10 @@ if TYPE_CHECKING:
 _COLUMNS = (
     Column("backend", "backend"),
     Column("verdict", "verdict"),
-    Column("eager_cases", "eager", "cases", "d", "right"),
-    Column("captured_cases", "captured", "cases", "d", "right"),
-    Column("refused_cases", "refused", "cases", "d", "right"),
-    Column("relative_error_eps", "error", "eps", ".2f", "right"),
+    Column("eager_cases", "eager\ncases", "", "d", "right", drop=2),
+    Column("captured_cases", "captured\ncases", "", "d", "right", drop=2),
+    Column("refused_cases", "refused\ncases", "", "d", "right", drop=2),
+    Column("relative_error_eps", "error\neps", "", ".2f", "right", drop=1),
     Column("first_failure", "first failure"),
     Column("reason", "reason"),
 )

@@ -13,6 +13,7 @@ from typing import Annotated
 
 import typer
 
+from fusewise.commands.engine import LOSING_BANDS
 from fusewise.commands.options import (
     DTypeOption,
     FormatOption,
@@ -21,6 +22,7 @@ from fusewise.commands.options import (
     StrictOption,
     TpOption,
     bordered,
+    dtype_of,
     integers,
     resolve,
     resolve_or_fail,
@@ -42,12 +44,13 @@ from fusewise.engines.vllm.tables import known_version
 from fusewise.errors import InputError
 from fusewise.node import Fingerprint, torch_multicast
 from fusewise.profiles.store import Resolution
-from fusewise.report.table import Column, Section
-from fusewise.shape import format_size, parse_dtype, tokens_at
+from fusewise.report.table import Column, Section, facts
+from fusewise.shape import format_size, tokens_at
 
 app = typer.Typer(
     help="What the vLLM plugin would do on this node. The plugin loads by itself in vLLM.",
     no_args_is_help=True,
+    rich_markup_mode=None,
 )
 
 VersionOption = Annotated[
@@ -57,7 +60,6 @@ SourceOption = Annotated[
     Path | None,
     typer.Option("--source", help="The folder that holds vllm/. Default: the installed vLLM."),
 ]
-_FACTS = (Column("fact", "fact"), Column("value", "value"))
 _HIDDEN = (
     Column("hidden_size", "hidden", align="right"),
     Column("cap_bytes", "cap", "B", align="right"),
@@ -70,7 +72,7 @@ _HIDDEN = (
 def check(
     version: VersionOption = None,
     profile: ProfileOption = None,
-    dtype: DTypeOption = "bf16",
+    dtype: DTypeOption = None,
     tp: TpOption = None,
     hidden: HiddenOption = None,
     strict: StrictOption = None,
@@ -88,7 +90,9 @@ def check(
     node = found.profile.fingerprint if found.profile else this_node(tp)
     here = found.level not in ("argument", "flag", "environment")
     flags = {"multicast": torch_multicast()} if here else {}
-    settings = settings_on(_version(version), node, parse_dtype(dtype), os.environ, flags)
+    settings = settings_on(
+        _version(version), node, dtype_of(dtype, found.profile), os.environ, flags
+    )
     decision = decide_cap(
         found.profile, settings, explicit=explicit_cap(os.environ), profile_level=found.level
     )
@@ -97,7 +101,8 @@ def check(
     caps = [_token_cap(found, settings, size) for size in sizes]
     write(
         [
-            Section("summary", _FACTS, _facts(settings, node, found, decision, result), "vLLM"),
+            _summary(settings, node, found, decision, result),
+            Section("losing_bands", LOSING_BANDS, [], data=result.bands if result else ()),
             Section("hidden_sizes", _HIDDEN, caps, "Token caps", result.notes if result else ()),
         ],
         fmt,
@@ -147,35 +152,57 @@ def _token_cap(found: Resolution, settings: VllmSettings, hidden_size: int) -> d
     return {"hidden_size": hidden_size, "cap_bytes": size, "max_tokens": tokens}
 
 
-def _facts(
+def _summary(
     settings: VllmSettings,
     node: Fingerprint,
     found: Resolution,
     decision: CapDecision,
     result: Audit | None,
-) -> list[dict[str, object]]:
+) -> Section:
     switch = mode("vllm", os.environ)
-    today, cap = settings.cap_bytes(), decision.cap_bytes
-    facts: list[tuple[str, object]] = [
+    today = settings.cap_bytes()
+    cap = today if switch == "off" else decision.cap_bytes
+    at = today or 0
+    shown: list[tuple[str, object]] = [
         ("vLLM", f"{settings.version}, tables as in {settings.tables.read_in}"),
         ("node", f"{node.world_size}x {node.device}, {node.fabric}, "
                  f"multicast {'yes' if settings.multicast else 'no'}"),
         ("profile", found.where),
         ("plugin", f"FUSEWISE_VLLM={switch}"),
         ("cap today", _size(today)),
-        ("cap with fusewise", _size(today if switch == "off" else cap)),
+        ("cap with fusewise", _size(cap)),
         ("answered by", f"{decision.level} ({decision.origin})"),
         ("because", decision.why),
+        ("unfused at that cap, today", settings.unfused_choice(at) if at else None),
+        ("unfused at that cap, capped", settings.displaced_choice(at) if at else None),
     ]  # fmt: skip
-    if today is not None:
-        facts.append(("unfused at that cap, today", settings.unfused_choice(today)))
-        facts.append(("unfused at that cap, capped", settings.displaced_choice(today)))
     if result is not None:
-        facts += [("present cost", str(band)) for band in result.bands or ["none measured"]]
-    if cap:
-        facts.append(("by hand", settings.flag(cap)))
-        facts.append(("with", settings.environment(cap)))
-    return [{"fact": fact, "value": value} for fact, value in facts if value is not None]
+        shown += [("present cost", str(band)) for band in result.bands or ["none measured"]]
+    by_hand = decision.cap_bytes
+    flag = settings.flag(by_hand) if by_hand else None
+    environment = settings.environment(by_hand) if by_hand else None
+    record = {
+        "engine": "vllm",
+        "engine_version": settings.version,
+        "tables_read_in": settings.tables.read_in,
+        "device": node.device,
+        "world_size": node.world_size,
+        "fabric": node.fabric,
+        "multicast": settings.multicast,
+        "profile": found.where if found.profile else None,
+        "plugin": switch,
+        "engine_cap_bytes": today,
+        "cap_bytes": cap,
+        "level": decision.level,
+        "origin": decision.origin,
+        "why": decision.why,
+        "unfused_today": settings.unfused_choice(at) if at else None,
+        "unfused_capped": settings.displaced_choice(at) if at else None,
+        "flag": flag,
+        "environment": environment,
+    }
+    paste = tuple(line for line in (flag, environment) if line is not None)
+    return facts("summary", record, shown, "vLLM", ("By hand:", *paste) if paste else ())
 
 
 def _size(size: int | None) -> str:
@@ -188,7 +215,7 @@ def patch(
     source: SourceOption = None,
     version: VersionOption = None,
     profile: ProfileOption = None,
-    dtype: DTypeOption = "bf16",
+    dtype: DTypeOption = None,
     tp: TpOption = None,
 ) -> None:
     """A patch of vLLM's fusion table with this node's cap, and the evidence for it.
@@ -198,7 +225,8 @@ def patch(
     found = resolve_or_fail(profile, dtype, tp)
     assert found.profile is not None
     node = found.profile.fingerprint
-    settings = settings_on(_version(version), node, parse_dtype(dtype), os.environ, {})
+    known = dtype_of(dtype, found.profile)
+    settings = settings_on(_version(version), node, known, os.environ, {})
     result = audit_profile(found.profile, settings, profile_level=found.level)
     if result.cap.cap_bytes is None or result.cap.origin not in ("measured", "published"):
         raise InputError(

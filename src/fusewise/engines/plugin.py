@@ -59,7 +59,7 @@ def explicit_cap(environ: Mapping[str, str], flag: str | None = None) -> Explici
     try:
         return ExplicitCap(parse_size(named), "environment")
     except InputError as error:
-        raise InputError("FUSEWISE_CAP", expected=error.expected, got=error.got) from error
+        raise error.about("FUSEWISE_CAP") from error
 
 
 def probe_apart(world_size: int) -> Fingerprint:

@@ -18,7 +18,8 @@ from fusewise.operation import Op, backend_of, unfused_path
 from fusewise.shape import DType, format_size
 
 Verdict = Literal["fuse", "do not fuse", "inconclusive"]
-Origin = Literal["measured", "published", "rule", "engine default"]
+# extrapolated: below the smallest measured size, whose path runs there too.
+Origin = Literal["measured", "published", "extrapolated", "rule", "engine default"]
 
 
 @dataclass(frozen=True)

@@ -6,15 +6,15 @@ The rules, in the order they apply at each measured size:
    next smaller size.
 2. A challenger takes over when the paired interval of its gain lies wholly above ``min_gain``
    of the incumbent's time. A tie changes nothing, so it never swaps a numerics class either.
-3. Outside the measured range the smallest measured size speaks for smaller ones; above the
-   largest the baseline runs, as an engine default: nobody measured there.
+3. Outside the measured range nothing is claimed: below the smallest measured size its path runs,
+   as extrapolated; above the largest the baseline runs, as an engine default.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from fusewise.operation import OPERATIONS, Op
@@ -155,6 +155,13 @@ def _table(profile: Profile, op: Op, hidden_size: int, points: list[Point]) -> T
         Band(start, end, run[0].chosen, _band_verdict(run), origin)
         for start, end, run in zip(starts, ends, runs, strict=True)
     ]
+    smallest = points[0].shape
+    if smallest.num_tokens > 1:  # there are smaller messages than were measured
+        first = bands[0]
+        below = replace(
+            first, end_bytes=smallest.message_bytes, verdict="inconclusive", origin="extrapolated"
+        )
+        bands[:1] = [below, replace(first, min_bytes=smallest.message_bytes)]
     baseline = baseline_path(profile.baseline, op)
     bands.append(Band(validated_to + 1, None, baseline, "inconclusive", "engine default"))
     return Table(op, hidden_size, tuple(bands), points[0].shape.message_bytes, validated_to)

@@ -85,6 +85,18 @@ def load(name_or_path: str | os.PathLike[str]) -> Profile:
     return parse_profile(_read(Path(name)), name)
 
 
+def load_variable(name: str) -> Profile:
+    """The profile that FUSEWISE_PROFILE names.
+
+    Raises:
+        ProfileError: as ``load``, and the message names the variable.
+    """
+    try:
+        return load(name)
+    except ProfileError as error:
+        raise error.about("FUSEWISE_PROFILE") from error
+
+
 def find_profile(
     node: Fingerprint,
     dtype: DType,
@@ -119,6 +131,8 @@ def find_profile(
     ]
     for level, name in named:
         if name is not None:
+            if level == "environment":
+                return _explicit(load_variable(os.fspath(name)), level, os.fspath(name), node)
             return _explicit(load(name), level, os.fspath(name), node)
     return _search(node, dtype, environ, strict)
 

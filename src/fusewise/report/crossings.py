@@ -17,7 +17,7 @@ from fusewise.profiles.plan import (
     crossovers,
     decide_points,
 )
-from fusewise.profiles.schema import Profile
+from fusewise.profiles.schema import Profile, PublishedCrossover
 from fusewise.report.table import Column, Section
 from fusewise.shape import format_size
 
@@ -26,47 +26,57 @@ OPS: tuple[Op, ...] = (FUSABLE, "all_reduce")
 NO_LIMIT = 2**62  # above every size a profile can hold
 
 
-def crossings(profile: Profile, min_gain: float = MIN_GAIN) -> Section:
+def crossings(profile: Profile, min_gain: float = MIN_GAIN, op: Op = FUSABLE) -> Section:
     """Where the winner changes, and in a note whether that is constant in bytes.
 
     ``above_bytes`` and ``below_bytes`` are the measured sizes on both sides, ``estimate_bytes``
     the interpolated place between them; a published crossover has all three equal.
     """
-    decided = {op: decide_points(profile, op, min_gain) for op in OPS}
-    found = [(op, crossing) for op in OPS for crossing in crossovers(decided[op])]
-    records = [
-        _crossing(op, c.hidden_size, c.above_bytes, c.below_bytes, c.estimate_bytes, c)
-        for op, c in found
+    decided = decide_points(profile, op, min_gain)
+    shown = [_crossing(c) for c in crossovers(decided)]
+    notes: tuple[str, ...] = ()
+    if op == FUSABLE:
+        shown += [_stated(c) for c in profile.crossovers]
+        notes = (constancy(fusion_brackets(profile, decided)),)
+    data = [
+        {"dtype": profile.dtype, "op": op} | {k: v for k, v in row.items() if k not in _SHOWN}
+        for row in shown
     ]
-    records += [
-        _crossing(FUSABLE, c.hidden_size, c.message_bytes, c.message_bytes, c.message_bytes)
-        for c in profile.crossovers
-    ]
-    columns = (
-        Column("op", "op"),
-        Column("hidden_size", "hidden", align="right"),
-        Column("before", "up to it"),
-        Column("after", "above it"),
-        Column("between", "between"),
-        Column("near", "near", align="right"),
-    )
-    note = constancy(fusion_brackets(profile, decided[FUSABLE]))
-    return Section("crossovers", columns, records, "Crossovers", (note,))
+    return Section("crossovers", _COLUMNS, shown, f"Crossovers: {op}", notes, data)
 
 
-def _crossing(
-    op: Op, hidden_size: int, above: int, below: int, estimate: int, c: Crossover | None = None
-) -> dict[str, Any]:
+_COLUMNS = (
+    Column("hidden_size", "hidden", align="right"),
+    Column("before", "up to it"),
+    Column("after", "above it"),
+    Column("between", "between"),
+    Column("near", "near", align="right"),
+)
+_SHOWN = ("between", "near")  # for people; machines have the three sizes
+
+
+def _crossing(c: Crossover) -> dict[str, Any]:
     return {
-        "op": op,
-        "hidden_size": hidden_size,
-        "before": c.before if c else None,
-        "after": c.after if c else None,
-        "above_bytes": above,
-        "below_bytes": below,
-        "estimate_bytes": estimate,
-        "between": f"{format_size(above)} and {format_size(below)}" if c else "as published",
-        "near": rounded_size(estimate),
+        "hidden_size": c.hidden_size,
+        "before": c.before,
+        "after": c.after,
+        "above_bytes": c.above_bytes,
+        "below_bytes": c.below_bytes,
+        "estimate_bytes": c.estimate_bytes,
+        "between": f"{format_size(c.above_bytes)} and {format_size(c.below_bytes)}",
+        "near": rounded_size(c.estimate_bytes),
+    }
+
+
+def _stated(c: PublishedCrossover) -> dict[str, Any]:
+    sizes = dict.fromkeys(("above_bytes", "below_bytes", "estimate_bytes"), c.message_bytes)
+    return {
+        "hidden_size": c.hidden_size,
+        "before": None,
+        "after": None,
+        **sizes,
+        "between": "as published",
+        "near": rounded_size(c.message_bytes),
     }
 
 

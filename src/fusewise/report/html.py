@@ -87,10 +87,14 @@ def _table(section: Section) -> str:
     )  # fmt: skip
     notes = "".join(f"<p class=note>{_text(note)}</p>" for note in section.notes)
     return (
-        f'<h2 id="{_text(section.name)}">{_text(section.title or section.name)}</h2>\n'
+        f'<h2 id="{_anchor(section)}">{_text(section.title or section.name)}</h2>\n'
         f"<div class=scroll><table>\n<thead><tr>{head}</tr></thead>\n"
         f"<tbody>\n{rows}\n</tbody></table></div>\n{notes}"
     )
+
+
+def _anchor(section: Section) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", (section.title or section.name).lower()).strip("-")
 
 
 def _cell(cell: str, column: Column) -> str:

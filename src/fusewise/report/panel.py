@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from fusewise.operation import all_reduce_of, is_unfused
@@ -129,7 +130,7 @@ def draw_strip(ax: Axes, table: Table, column: Points, inches: float) -> None:
     left, right = ax.get_xlim()
     inches_per_octave = (inches - 0.9) / math.log2(right / left)
     for band in table.bands:
-        start = max(band.min_bytes, left)
+        start = max(band.min_bytes, column.sizes[0])  # nothing is claimed where none was measured
         end = min(band.end_bytes or right, column.sizes[-1])
         if end <= start:
             continue
@@ -155,7 +156,11 @@ def mark_changes(upper: Axes, lower: Axes, table: Table, column: Points) -> None
     Shaded: from the last measured size before it to the first one at or above it.
     """
     left, right = (math.log2(limit) for limit in upper.get_xlim())
-    edges = [b.min_bytes for b in table.bands if 0 < b.min_bytes <= column.sizes[-1]]
+    edges = [
+        b.min_bytes
+        for before, b in pairwise(table.bands)
+        if b.path != before.path and b.min_bytes <= column.sizes[-1]
+    ]
     taken = [-1.0, -1.0]  # how far right each of the two lines of text is used, as a share
     word = "crossover " if len(edges) == 1 else ""
     for edge in edges:

@@ -1,8 +1,8 @@
-"""Flat records and an ordered column spec → text, JSON, CSV or Markdown. Pure; knows no profile.
+"""Tables as data: columns, records, and the forms for machines and documents. Pure.
 
-All four forms come from the same records. JSON and CSV carry every field under its own key
-(units in the names, full precision); text and Markdown show the columns, rounded. Nothing here
-prints, and nothing here decides. rich is imported only for a terminal.
+Text and Markdown show the columns, rounded; how text fits a terminal is ``text.py``'s. JSON and CSV
+carry the data: every field under its own key, units in the names, full precision. What they hold
+is described in docs/formats.md. Nothing here prints, and nothing here decides.
 """
 
 from __future__ import annotations
@@ -11,24 +11,17 @@ import csv
 import dataclasses
 import io
 import json
-import os
 import re
-import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, get_args
-
-from fusewise.errors import InputError
-
-if TYPE_CHECKING:
-    from rich.table import Table
+from typing import Any, Literal, get_args
 
 Format = Literal["table", "json", "csv", "md"]
 Align = Literal["left", "right"]
 FORMATS: tuple[Format, ...] = get_args(Format)
 
+SCHEMA_VERSION = 1  # of the JSON documents; grows when a field goes or changes its meaning
 UNBROKEN_CHARS = 32  # the longest path name is 28
-_STYLES = {"fuse": "green", "do not fuse": "yellow", "inconclusive": "dim"}
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 
 
@@ -44,6 +37,7 @@ class Column:
         align: numbers right, words left.
         star: (field, value): in text and Markdown a star marks the cell of a record whose field
             has that value.
+        drop: where a terminal is too narrow the highest goes first; 0 stays.
     """
 
     key: str
@@ -52,6 +46,7 @@ class Column:
     form: str = ""
     align: Align = "left"
     star: tuple[str, Any] | None = None
+    drop: int = 0
 
     @property
     def head(self) -> str:
@@ -61,65 +56,107 @@ class Column:
 
 @dataclass(frozen=True)
 class Section:
-    """One table of a report: ``name`` is its key where several share a JSON document."""
+    """One table of a report.
+
+    Args:
+        name: its key in the JSON document; sections of one name are one table there.
+        columns: what text and Markdown show, in order.
+        records: mappings or dataclass instances; each has every column's key.
+        title: a line above it in text and Markdown.
+        notes: sentences under it; ``notes`` in JSON.
+        data: what JSON and CSV hold, where that is not ``records``: scalar fields, each record
+            with the same ones.
+        verbatim: lines to paste, under it in text and Markdown, never folded.
+    """
 
     name: str
     columns: tuple[Column, ...]
     records: Sequence[Any]
     title: str | None = None
     notes: tuple[str, ...] = ()
+    data: Sequence[Any] | None = None
+    verbatim: tuple[str, ...] = ()
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """The data, as JSON and CSV have it."""
+        return [as_dict(row) for row in (self.records if self.data is None else self.data)]
 
 
-def render(
-    records: Sequence[Any],
-    columns: Sequence[Column],
-    fmt: Format,
-    *,
+FACT_COLUMNS = (Column("fact", "fact"), Column("value", "value"))
+
+
+def facts(
+    name: str,
+    record: Mapping[str, Any],
+    shown: Sequence[tuple[str, Any]],
     title: str | None = None,
-    notes: Sequence[str] = (),
-    terminal: bool | None = None,
-) -> str:
-    """One table in one format, ending in a newline.
+    verbatim: tuple[str, ...] = (),
+) -> Section:
+    """One record, shown as two columns; a value of None has no line there."""
+    rows = [{"fact": key, "value": value} for key, value in shown if value is not None]
+    return Section(name, FACT_COLUMNS, rows, title, data=[dict(record)], verbatim=verbatim)
 
-    Args:
-        records: mappings or dataclass instances with scalar fields; None is an empty cell or null.
-        columns: what text and Markdown show, in order. Every record has every column's key.
-        fmt: ``table``, ``json``, ``csv`` or ``md``.
-        title: a line above the table; CSV has none.
-        notes: lines under the table, ``notes`` in JSON; CSV has none.
-        terminal: for ``table``: rich output, or plain aligned text; by default whether stdout is
-            a terminal. ``NO_COLOR`` is honoured.
+
+def document(sections: Sequence[Section]) -> dict[str, Any]:
+    """The JSON document: a table per name, each with ``rows`` and ``notes``."""
+    made: dict[str, Any] = {"schema_version": SCHEMA_VERSION}
+    for section in sections:
+        table = made.setdefault(section.name, {"rows": [], "notes": []})
+        table["rows"] += section.rows
+        table["notes"] += [note for note in section.notes if note not in table["notes"]]
+    return made
+
+
+def as_json(sections: Sequence[Section]) -> str:
+    """See ``document``; a row a line, for people and for diffs.
 
     Raises:
-        InputError: unknown format.
-        KeyError: a record lacks a column's field.
-        ValueError: a field is NaN or infinite and the format is JSON, which has no such numbers.
+        ValueError: a field is NaN or infinite; JSON has no such numbers.
     """
-    return render_sections(
-        [Section("", tuple(columns), records, title, tuple(notes))], fmt, terminal=terminal
-    )
+    made = document(sections)
+    parts = [f"  {_json(key)}: {_table_json(value)}" for key, value in made.items()]
+    return "{\n" + ",\n".join(parts) + "\n}\n"
 
 
-def render_sections(
-    sections: Sequence[Section], fmt: Format, *, terminal: bool | None = None
-) -> str:
-    """Several tables in one format; see ``render``.
+def _json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, allow_nan=False)
 
-    A nameless single section is the JSON document itself; named ones are its members. In CSV
-    each table of several has a ``# name`` line above it and a blank line between.
-    """
-    if fmt not in FORMATS:
-        raise InputError("unknown format", expected=", ".join(FORMATS), got=repr(fmt))
-    if fmt == "json":
-        return _json(sections)
-    if fmt == "csv":
-        marked = len(sections) > 1
-        return "\n".join((f"# {s.name}\n" if marked else "") + _csv(s) for s in sections)
-    if fmt == "md":
-        return "\n".join(_markdown(section) for section in sections)
-    if sys.stdout.isatty() if terminal is None else terminal:
-        return _terminal(sections)
-    return "\n".join(_plain(section) for section in sections)
+
+def _table_json(value: Any) -> str:
+    if not isinstance(value, dict):
+        return _json(value)
+    members = []
+    for key, items in value.items():
+        lines = ",\n".join(f"      {_json(item)}" for item in items)
+        members.append(f"    {_json(key)}: [\n{lines}\n    ]" if lines else f"    {_json(key)}: []")
+    return "{\n" + ",\n".join(members) + "\n  }"
+
+
+def as_csv(sections: Sequence[Section], main: str | None = None) -> str:
+    """One table, that of the name ``main`` or the first: a head and rows of one width."""
+    name = main or sections[0].name
+    chosen = [section for section in sections if section.name == name]
+    rows = [row for section in chosen for row in section.rows]
+    known = {key: None for row in rows for key in row}
+    keys = known or {column.key: None for section in chosen for column in section.columns}
+    out = io.StringIO()
+    writer = csv.DictWriter(out, list(keys), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({key: _csv_cell(value) for key, value in row.items()} for row in rows)
+    return out.getvalue()
+
+
+def as_markdown(sections: Sequence[Section]) -> str:
+    """A Markdown table each, with its title and notes."""
+    return "\n".join(_markdown(section) for section in spoken(sections))
+
+
+def spoken(sections: Sequence[Section]) -> list[Section]:
+    """Those that people are shown: one without records and notes says nothing."""
+    if len(sections) == 1:
+        return list(sections)
+    return [section for section in sections if section.records or section.notes]
 
 
 def as_dict(record: Any) -> dict[str, Any]:
@@ -158,29 +195,6 @@ def _cell(row: Mapping[str, Any], column: Column) -> str:
     return ("*" if starred else "") + cell_text(row[column.key], column.form)
 
 
-def _json(sections: Sequence[Section]) -> str:
-    documents = {
-        section.name: {
-            "title": section.title,
-            "rows": [as_dict(record) for record in section.records],
-            "notes": list(section.notes),
-        }
-        for section in sections
-    }
-    document: Any = documents[""] if list(documents) == [""] else documents
-    return json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-
-
-def _csv(section: Section) -> str:
-    rows = [as_dict(record) for record in section.records]
-    keys = {key: None for row in rows for key in row} or {c.key: None for c in section.columns}
-    out = io.StringIO()
-    writer = csv.DictWriter(out, list(keys), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows({key: _csv_cell(value) for key, value in row.items()} for row in rows)
-    return out.getvalue()
-
-
 def _csv_cell(value: Any) -> Any:
     """JSON's words for booleans, control characters visible, numbers as they are."""
     if isinstance(value, bool):
@@ -197,6 +211,8 @@ def _markdown(section: Section) -> str:
         lines[:0] = [f"### {_escape_markdown(printable(section.title))}", ""]
     if section.notes:
         lines += ["", *(f"- {_escape_markdown(printable(note))}" for note in section.notes)]
+    if section.verbatim:
+        lines += ["", "```", *map(printable, section.verbatim), "```"]
     return "\n".join(lines) + "\n"
 
 
@@ -204,76 +220,3 @@ def _escape_markdown(text: str) -> str:
     """A path's name keeps its underscores readable: between letters they mean nothing."""
     marks = r"([\\|*`\[\]~]|(?<!\w)_|_(?!\w))"
     return re.sub(marks, r"\\\1", text).replace("&", "&amp;").replace("<", "&lt;")
-
-
-def _plain(section: Section) -> str:
-    """Aligned words and nothing else: two blanks between columns, no rules, no colour.
-
-    A section without a record but with a note to say so shows no empty head.
-    """
-    columns = section.columns if section.records or not section.notes else ()
-    heads = [column.head.split("\n") for column in columns]
-    depth = max(map(len, heads), default=0)
-    rows = [list(row) for row in zip(*([""] * (depth - len(h)) + h for h in heads), strict=True)]
-    rows += cells(section) if columns else []
-    widths = [max(len(row[i]) for row in rows) for i in range(len(columns))]
-    pads: list[Callable[[str, int], str]] = [
-        str.rjust if column.align == "right" else str.ljust for column in columns
-    ]
-    lines = [
-        "  ".join(pad(cell, width) for pad, cell, width in zip(pads, row, widths, strict=True))
-        for row in rows
-    ]
-    if section.title:
-        lines.insert(0, printable(section.title))
-    lines += [printable(note) for note in section.notes]
-    return "\n".join(line.rstrip() for line in lines) + "\n"
-
-
-def _terminal(sections: Sequence[Section]) -> str:
-    """rich tables as wide as the terminal, or as wide as unbroken numbers need."""
-    import shutil
-
-    from rich.console import Console
-
-    tables = [_rich_table(section) for section in sections]
-    out = io.StringIO()
-    wide = Console(width=10_000, file=io.StringIO())
-    needed = [wide.measure(table).minimum for table in tables]
-    width = max(shutil.get_terminal_size().columns, *needed)
-    no_color = bool(os.environ.get("NO_COLOR"))
-    console = Console(file=out, force_terminal=True, no_color=no_color, width=width, emoji=False)
-    for i, (section, table) in enumerate(zip(sections, tables, strict=True)):
-        if i:
-            console.print()
-        console.print(table)
-        for note in section.notes:
-            console.print(printable(note), markup=False, highlight=False, style="dim")
-    return out.getvalue()
-
-
-def _rich_table(section: Section) -> Table:
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-    from rich.text import Text
-
-    title = Text(printable(section.title), style="bold") if section.title else None
-    table = Table(box=SIMPLE_HEAD, title=title, title_justify="left", pad_edge=False)
-    rows = cells(section)
-    for i, column in enumerate(section.columns):
-        parts = [part for text in (column.head, *(row[i] for row in rows)) for part in _parts(text)]
-        table.add_column(
-            Text(column.head), justify=column.align, min_width=max(map(len, parts), default=0)
-        )
-    for row in rows:
-        table.add_row(*(Text(cell, style=_style(cell)) for cell in row))
-    return table
-
-
-def _parts(text: str) -> list[str]:
-    """What must stay on one line: short cells whole, sentences word by word."""
-    return text.splitlines() if len(text) <= UNBROKEN_CHARS else text.split()
-
-
-def _style(cell: str) -> str:
-    return "bold" if cell.startswith("*") else _STYLES.get(cell, "")
