@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from fusewise.graph.api import fusion_pass as fusion_pass
     from fusewise.profiles.plan import derive as derive
     from fusewise.profiles.schema import Profile as Profile
+    from fusewise.profiles.store import load as load
     from fusewise.run.operators import Communicator as Communicator
     from fusewise.shape import Shape as Shape
 
@@ -29,6 +30,7 @@ _HOMES = {
     "compile": "fusewise.graph.api",
     "derive": "fusewise.profiles.plan",
     "fusion_pass": "fusewise.graph.api",
+    "load": "fusewise.profiles.store",
 }
 
 __all__ = [
@@ -41,6 +43,7 @@ __all__ = [
     "compile",
     "derive",
     "fusion_pass",
+    "load",
 ]
 
 

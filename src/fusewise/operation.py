@@ -11,6 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+from fusewise.errors import InputError
+
 Op = Literal["all_reduce_rms_norm", "all_reduce"]
 
 _JOINT = " + "  # between an all-reduce and what follows it
@@ -68,6 +70,19 @@ ALL_REDUCE_RMS_NORM = Operation(
 )
 OPERATIONS: dict[Op, Operation] = {one.name: one for one in (ALL_REDUCE_RMS_NORM, ALL_REDUCE)}
 assert tuple(OPERATIONS) == get_args(Op)
+
+
+def known_op(name: str) -> Op:
+    """The operation of that name.
+
+    Raises:
+        InputError: there is none.
+    """
+    for op in OPERATIONS:
+        if op == name:
+            return op
+    raise InputError("unknown operation", expected=" or ".join(OPERATIONS), got=repr(name))
+
 
 _EPILOGUES = "|".join(one.epilogue for one in OPERATIONS.values() if one.epilogue)
 PATH_PATTERN = rf"^[a-z0-9_.]{{1,60}}(:[a-z0-9_.]{{1,40}})?( \+ ({_EPILOGUES}))?$"

@@ -25,13 +25,21 @@ _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMG]?)(?:i?B)?", re.IGNORECASE)
 
 @dataclass(frozen=True, order=True)
 class Shape:
-    """One message: ``num_tokens`` rows of ``hidden_size`` elements of ``dtype``."""
+    """One message: ``num_tokens`` rows of ``hidden_size`` elements of ``dtype``.
+
+    The dtype may be given as ``bf16`` or as torch's own.
+
+    Raises:
+        InputError: a number out of range, or an unknown dtype.
+    """
 
     num_tokens: int
     hidden_size: int
     dtype: DType = "bfloat16"
 
     def __post_init__(self) -> None:
+        if self.dtype not in ELEMENT_BYTES:
+            object.__setattr__(self, "dtype", parse_dtype(str(self.dtype)))
         if self.num_tokens < 0 or self.hidden_size < 1:
             raise InputError(
                 "shape out of range",

@@ -7,7 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import fusewise
 from fusewise.errors import ProfileError
+from fusewise.profiles import store
 from fusewise.profiles.schema import Profile, parse_profile
 from tests.samples import FUSED, NODE, UNFUSED, profile_of
 
@@ -99,3 +101,8 @@ def test_differences_name_the_field_and_both_values() -> None:
     assert NODE.differences(other, ("torch", "cuda")) == [
         "torch: 2.11.0 in the profile, 2.13.0 here"
     ]
+
+
+def test_a_profile_is_loaded_by_a_public_name() -> None:
+    assert fusewise.load("nvidia-h200-tp8") == store.load("nvidia-h200-tp8")
+    assert "load" in fusewise.__all__

@@ -59,3 +59,16 @@ def test_the_grid_doubles_and_ends_at_the_maximum() -> None:
     assert [s.num_tokens for s in size_grid(1, 1, 2048, "bfloat16")] == [1]
     with pytest.raises(InputError, match="size range is empty"):
         size_grid(2, 1, 8, "bfloat16")
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "bfloat16", "torch.bfloat16"])
+def test_a_shape_understands_every_name_of_its_dtype(dtype: str) -> None:
+    """Two of them were kept as given, and failed in a dictionary later."""
+    shape = Shape(64, 2048, dtype)  # type: ignore[arg-type]
+    assert shape == Shape(64, 2048, "bfloat16")
+    assert shape.message_bytes == 262144
+
+
+def test_a_shape_refuses_a_dtype_nobody_knows() -> None:
+    with pytest.raises(InputError, match="expected bf16, fp16 or fp32, got 'fp8'"):
+        Shape(64, 2048, "fp8")  # type: ignore[arg-type]

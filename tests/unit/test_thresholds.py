@@ -226,9 +226,14 @@ def test_unknown_versions_name_the_known_ones(version: str) -> None:
         settings(version=version)
 
 
-def test_unknown_version_suggests_the_nearest() -> None:
-    with pytest.raises(InputError, match=r"nearest known one is 0\.3\d"):
-        tables_of("0.34.0")
+@pytest.mark.parametrize(
+    ("version", "nearest"),
+    [("0.34.0", "0.33"), ("0.19.2", "0.20"), ("0.3", "0.20"), ("0.2", "0.20"), ("9.9", "0.33")],
+)
+def test_an_unknown_version_suggests_the_nearest_by_number(version: str, nearest: str) -> None:
+    """By spelling 0.3 was nearest to 0.33."""
+    with pytest.raises(InputError, match=f"The nearest known one is {nearest}\\."):
+        tables_of(version)
 
 
 def test_a_newer_release_takes_the_newest_tables_with_a_warning() -> None:

@@ -6,6 +6,7 @@ fail alike, at once and by name. No data tensor is touched here.
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import socket
@@ -102,6 +103,11 @@ def agreed_plans(
     group.agree("profile passed as argument", given)
     for note in dict.fromkeys(note for resolution in found for note in resolution.notes):
         log.warning("%s", note)
+    if found and argument is None and not any(resolution.profile for resolution in found):
+        _say_once(
+            f"no profile applies to {node.world_size} ranks on {node.device}: {baseline} runs at "
+            f"every size. {store.TUNE_HINT}"
+        )
     profiles = [resolution.profile.without(without) for resolution in found if resolution.profile]
     derived = [derive(profile) for profile in profiles if profile is not None]
     plans = _with_defaults(baseline, derived)
@@ -109,6 +115,12 @@ def agreed_plans(
     plans = {dtype: Plan.from_dict(document) for dtype, document in documents.items()}
     group.agree("plan digest", [plan.digest for plan in plans.values()])
     return plans, found[0].where if found else "rank 0's profile"
+
+
+@functools.cache
+def _say_once(message: str) -> None:
+    """However many groups a process makes."""
+    log.warning("%s", message)
 
 
 def _with_defaults(baseline: str, plans: list[Plan]) -> dict[DType, Plan]:

@@ -19,13 +19,14 @@ from fusewise.backends.native.fp8 import Fp8, Fp8Result, check_static_scale
 from fusewise.backends.norm import residual_rms_norm
 from fusewise.backends.registry import select
 from fusewise.errors import InputError
-from fusewise.operation import Op
+from fusewise.operation import Op, known_op
 from fusewise.profiles.bands import Band, Plan
 from fusewise.profiles.schema import Profile
 from fusewise.ranks.agreement import fingerprint_of
 from fusewise.ranks.group import Group
 from fusewise.run import registry
 from fusewise.run.border import ROWS, mismatch, rows_of, usable
+from fusewise.run.debug import compare_calls, described
 from fusewise.run.paths import Paths
 from fusewise.run.runs import Runs
 from fusewise.shape import Shape
@@ -88,6 +89,10 @@ class Communicator:
         self._device = self.group.device
         self._runs = Runs(self._paths, self._device)
         self.handle = registry.new_handle(self)  # what compiled graphs call this one
+        compare_calls(self)
+
+    def __repr__(self) -> str:
+        return described(self)
 
     def activate(self) -> None:
         """Makes this the communicator that operators find under the group's name.
@@ -230,7 +235,7 @@ class Communicator:
 
     def decide(self, op: Op, shape: Shape) -> Band:
         """The band that answers for a shape, as the plan has it (``explain`` prints the same)."""
-        return self._paths.decide(op, shape)
+        return self._paths.decide(known_op(op), shape)
 
     @contextlib.contextmanager
     def capture(self) -> Iterator[None]:

@@ -26,11 +26,11 @@ tables is ``dispatch.py``'s business.
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from fusewise.engines.base import nearest_version
 from fusewise.errors import InputError
 
 _KIB, _MIB = 2**10, 2**20
@@ -171,12 +171,12 @@ def tables_of(version: str) -> Tables:
     minor = f"{match[1]}.{match[2]}" if match else version.strip()
     if match and minor in TABLES:
         return TABLES[minor]
-    near = difflib.get_close_matches(minor, TABLES, n=1, cutoff=0.5)
+    near = nearest_version(minor, TABLES)
     raise InputError(
         "unknown vLLM version",
         expected=f"one of {', '.join(TABLES)}",
         got=repr(version),
-        hint=f"The nearest known one is {near[0]}." if near else None,
+        hint=f"The nearest known one is {near}." if near else None,
     )
 
 

@@ -1,0 +1,75 @@
+"""What helps to find a fault: a communicator in one line, and calls compared between ranks.
+
+``FUSEWISE_DEBUG=1``: before every call all ranks compare what they were called with.
+
+Ranks that call different operations, or one with different shapes, wait for each other in a kernel
+until its bound, or reduce what does not belong together. This turns that into an error that names
+them, at the price of a round through the store per call. Never changes a result.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+
+from fusewise.errors import InputError
+
+if TYPE_CHECKING:
+    from fusewise.run.communicator import Communicator
+
+SWITCH = "FUSEWISE_DEBUG"
+Call = TypeVar("Call", bound=Callable[..., Any])
+
+
+def described(communicator: Communicator) -> str:
+    """Its ranks, where its plans come from, and each plan by the head of its digest."""
+    plans = [
+        f"{dtype} plan {plan.digest[:8]} ({plan.source})"
+        for dtype, plan in communicator.plans.items()
+        if plan.tables
+    ]
+    what = ", ".join(plans) or "no plan"
+    return f"<Communicator, {communicator.group}: {communicator.source}; {what}>"
+
+
+def compare_calls(communicator: Communicator, environ: Mapping[str, str] = os.environ) -> None:
+    """Makes a communicator's calls compare themselves, where the switch is on. Collective.
+
+    Raises:
+        InputError: the switch is neither 0 nor 1.
+        DisagreementError: it is on for some ranks only; then the others would wait for ever.
+    """
+    text = environ.get(SWITCH, "")
+    if text not in ("", "0", "1"):
+        raise InputError(SWITCH, expected="0 or 1", got=repr(text))
+    on = text == "1"
+    communicator.group.agree(SWITCH, on)
+    if on and communicator.group.world_size > 1:
+        for name in ("all_reduce", "all_reduce_rms_norm"):
+            setattr(communicator, name, _compared(communicator, getattr(communicator, name)))
+
+
+def _compared(communicator: Communicator, call: Call) -> Call:
+    @functools.wraps(call)
+    def run(*given: Any, **named: Any) -> Any:
+        if not torch.compiler.is_compiling():  # a graph's operators come here when they run
+            told = [
+                call.__name__,
+                *map(_told, given),
+                *(f"{k}={_told(v)}" for k, v in named.items()),
+            ]
+            communicator.group.agree("a call (FUSEWISE_DEBUG=1)", told)
+        return call(*given, **named)
+
+    return run  # type: ignore[return-value]
+
+
+def _told(value: Any) -> str:
+    """``[64, 2048] bfloat16`` of a tensor; a number as it is."""
+    if isinstance(value, torch.Tensor):
+        return f"{list(value.shape)} {str(value.dtype).removeprefix('torch.')}"
+    return str(value)
