@@ -76,7 +76,8 @@ def section(rows: Sequence[Row], title: str, notes: Sequence[str]) -> Section:
         "* fastest at its size, with all arms that run the same. ÷ unfused: above 1 is faster; "
         "median of paired rounds, 95 %."
     )
-    return Section("decode", COLUMNS, flat, title, (head, *notes))
+    data = [{key: value for key, value in row.items() if key != "size"} for row in flat]
+    return Section("decode", COLUMNS, flat, title, (head, *notes), data)
 
 
 def document(
