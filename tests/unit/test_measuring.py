@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import os
+import re
+import shlex
 from pathlib import Path
 
 import pytest
 from filelock import FileLock
+from typer.testing import CliRunner
 
 from fusewise.commands import measuring
 from fusewise.commands.after_tune import unreached, what_now
+from fusewise.commands.app import app
+from fusewise.commands.progress import progress
 from fusewise.errors import UnavailableError
+from fusewise.profiles import store
 from fusewise.tune.settings import Settings
-from tests.samples import FUSED, UNFUSED, profile_of
+from tests.samples import FUSED, NODE, UNFUSED, profile_of
 
 
 @pytest.fixture
@@ -70,7 +76,40 @@ def test_what_was_not_reached_is_said_by_size() -> None:
     assert unreached({"points": [], "planned": 12}, settings) == []
 
 
-def test_what_to_do_now_is_three_lines_and_names_a_profile_kept_elsewhere(tmp_path: Path) -> None:
-    profile = profile_of({1: {FUSED: 5.0, UNFUSED: 8.0}})
-    assert len(what_now(profile, None)) == 3
-    assert all(str(tmp_path) in line for line in what_now(profile, tmp_path)[:2])
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_what_to_do_now_is_three_lines_and_its_commands_run_as_printed(
+    elsewhere: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It named `show --profile`, which there was not."""
+    monkeypatch.setenv("FUSEWISE_PROFILE", "nvidia-h200-tp8")
+    profile = store.load("nvidia-h200-tp8")
+    (tmp_path / profile.file_name).write_text(profile.to_json())
+    lines = what_now(profile, tmp_path if elsewhere else None)
+    assert len(lines) == 3
+    assert [str(tmp_path) in line for line in lines] == [elsewhere, elsewhere, False]
+    for command in re.findall(r"`fusewise (.*?)`", " ".join(lines)):
+        name, *options = shlex.split(command)
+        if name != "report":  # writes a page; its own tests run it
+            result = CliRunner().invoke(app, [name, *options])
+            assert result.exit_code == 0, (command, result.output)
+
+
+def test_cpu_ranks_are_told_that_engines_are_about_gpus() -> None:
+    mark = NODE.model_copy(update={"device_type": "cpu", "sm": None})
+    lines = what_now(profile_of({1: {FUSED: 5.0, UNFUSED: 8.0}}, node=mark), None)
+    assert "CPU ranks" in lines[1]
+
+
+def test_progress_counts_and_says_how_long_it_will_take(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = iter((10.0, 10.0, 20.0, 20.0, 30.0, 30.0))
+    monkeypatch.setattr("fusewise.commands.progress.time.monotonic", lambda: next(clock))
+    event = {"kind": "progress", "op": "all_reduce", "shape": "1x64 bfloat16", "planned": 8}
+    with progress("tune") as listen:
+        listen(event | {"done": 0, "left_s": None})
+        listen(event | {"done": 2, "left_s": None})  # 5 s each, 6 to go
+        listen(event | {"done": 4, "left_s": 7.0})  # the budget ends before
+    assert [line.partition("bfloat16")[2] for line in capsys.readouterr().err.splitlines()] == [
+        "", ", about 30 s left", ", about 7 s left",
+    ]  # fmt: skip

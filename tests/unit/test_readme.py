@@ -9,6 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from fusewise.commands.app import app
+from tests import transcripts
 from tests.example_runs import run_example
 
 ROOT = Path(__file__).parents[2]
@@ -36,10 +37,22 @@ def test_the_commands_of_the_readme_exist() -> None:
         assert f"\n{target}:" in makefile
 
 
-def test_the_packaged_profiles_cap_is_the_one_the_readme_prints() -> None:
-    result = CliRunner().invoke(app, ["cap", "--engine", "vllm", "--profile", "nvidia-h200-tp2"])
-    number, flag = result.stdout.splitlines()[:2]
-    assert f"# {number}\n# {flag}\n" in TEXT
+@pytest.mark.parametrize("command", transcripts.TRANSCRIPTS)
+def test_a_transcript_is_what_the_command_prints(command: str) -> None:
+    """Made anew with: ``python -m tests.transcripts``."""
+    assert transcripts.shown(TEXT)[command] == transcripts.TRANSCRIPTS[command]()
+
+
+def test_every_transcript_of_the_readme_is_compared() -> None:
+    assert set(transcripts.shown(TEXT)) == set(transcripts.TRANSCRIPTS)
+    assert transcripts.written(TEXT) == TEXT
+
+
+def test_an_excerpt_marks_what_it_leaves_out() -> None:
+    text = "A\n1\n2\n\nB\n3\n\nC\n"
+    assert transcripts.excerpt(text, {"A": 2, "C": 1}) == "A\n1\n...\nC\n"
+    assert transcripts.excerpt(text, {"A": 3, "B": 2}) == "A\n1\n2\n\nB\n3\n...\n"
+    assert transcripts.excerpt(text, {"B": 2}) == "...\nB\n3\n...\n"
 
 
 @pytest.mark.parametrize("document", sorted(ROOT.glob("*.md")) + sorted(ROOT.glob("docs/*.md")))

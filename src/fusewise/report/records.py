@@ -75,7 +75,7 @@ def measurements(profile: Profile, op: Op = FUSABLE, min_gain: float = MIN_GAIN)
     paired = any(len(sample.times_us) > 1 for sample in profile.samples)
     records = [_measurement(op, point, names, paired) for point in points]
     fusable = op == FUSABLE and any(record["gain_us"] is not None for record in records)
-    drop = _drop_order(points, names)
+    drop = _drop_order(points, names, {p.name for p in profile.paths if p.fused})
     columns = (
         Column("hidden_size", "hidden", align="right"),
         Column("num_tokens", "tokens", align="right", drop=40),
@@ -117,8 +117,11 @@ _GAIN_COLUMNS = (
 _SPREAD = ("gain_low_us", "gain_high_us")
 
 
-def _drop_order(points: list[Point], names: list[str]) -> dict[str, int]:
-    """Where room is short: paths that are chosen nowhere go first, the slowest of them first."""
+def _drop_order(points: list[Point], names: list[str], fused: set[str]) -> dict[str, int]:
+    """Where room is short: the slowest path goes first, and last what is chosen somewhere.
+
+    The best fused and the best unfused path count as chosen: the two are what is compared.
+    """
 
     def worth(name: str) -> tuple[int, float]:
         lost = [
@@ -126,9 +129,11 @@ def _drop_order(points: list[Point], names: list[str]) -> dict[str, int]:
         ]
         return sum(p.chosen == name for p in points), -median(lost)
 
-    chosen = {point.chosen for point in points}
     ranked = sorted(names, key=worth, reverse=True)
-    return {name: (1 if name in chosen else 100) + i for i, name in enumerate(ranked)}
+    kept = {point.chosen for point in points}
+    for side in (fused, set(names) - fused):
+        kept |= set([name for name in ranked if name in side][:1])
+    return {name: (1 if name in kept else 100) + i for i, name in enumerate(ranked)}
 
 
 def _times(row: Mapping[str, Sample], record: Record, names: list[str]) -> list[Record]:
@@ -192,7 +197,8 @@ def bands(plan: Plan, op: Op = FUSABLE) -> Section:
     data = [{k: v for k, v in row.items() if k not in _SHOWN_ENDS} for row in rows]
     note = f"Where nothing was decided: {plan.baseline}. Source: {plan.source}"
     notes = (note,) if op == FUSABLE else ()
-    return Section("bands", _BAND_COLUMNS, rows, f"Decision: {op}", notes, data)
+    columns = tuple(c for c in _BAND_COLUMNS if op == FUSABLE or c.key != "verdict")
+    return Section("bands", columns, rows, f"Decision: {op}", notes, data)
 
 
 _SHOWN_ENDS = ("from", "to")
