@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
+import pty
 import re
+import struct
+import subprocess
+import sys
+import termios
 from pathlib import Path
 
 import pytest
@@ -59,3 +66,36 @@ def test_an_excerpt_marks_what_it_leaves_out() -> None:
 def test_links_between_documents_lead_somewhere(document: Path) -> None:
     for target in re.findall(r"\]\((?!https?:)([^)#]+)", document.read_text()):
         assert (document.parent / target).exists(), target
+
+
+def on_a_terminal(command: str, columns: int, lines: int) -> list[str]:
+    """What a real terminal of that size is sent."""
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", lines, columns, 0, 0))
+    environ = {k: v for k, v in os.environ.items() if k not in ("COLUMNS", "LINES")}
+    words = [sys.executable, "-m", "fusewise", *command.split()[1:]]
+    sent = b""
+    with subprocess.Popen(
+        words, stdout=theirs, stderr=subprocess.DEVNULL, env=environ | {"NO_COLOR": "1"}, cwd=ROOT
+    ):
+        os.close(theirs)
+        try:
+            while part := os.read(ours, 65536):
+                sent += part
+        except OSError:  # the other end is closed
+            pass
+    os.close(ours)
+    return sent.decode().replace("\r\n", "\n").splitlines()
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "fusewise show --profile tests/data/readme/two_cpu_ranks.json",
+        *(words for words in transcripts.TRANSCRIPTS if words.startswith("fusewise")),
+    ],
+)
+def test_every_table_of_the_readme_is_unbroken_on_a_terminal_of_80_by_24(command: str) -> None:
+    sent = on_a_terminal(command, 80, 24)
+    assert sent
+    assert [line for line in sent if len(line) > 80 and not line.startswith("--")] == []
