@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from typer.testing import CliRunner
 
 import fusewise
 from fusewise.commands import options
+from fusewise.commands.after_tune import picture_of
 from fusewise.commands.app import app
 from fusewise.errors import EXIT_CODES, FusewiseError, InputError
 from fusewise.node import probe
@@ -102,6 +104,33 @@ def test_the_engines_own_environment_counts_in_every_command(
     assert answers == [131072] * 4
     monkeypatch.setenv("VLLM_USE_NCCL_SYMM_MEM", "maybe")
     assert "VLLM_USE_NCCL_SYMM_MEM" in run("cap", *VLLM, code=2)[1]
+
+
+def test_a_newer_release_is_answered_alike_by_every_command() -> None:
+    """`vllm check` took the newest tables with a warning, `cap` and `audit` refused."""
+    newer = ("--version", "0.99", *SEED)
+    for command in (("cap",), ("audit",), ("explain", "256K"), ("vllm", "check")):
+        _, err = run(*command, *newer)
+        assert "vLLM 0.99 was not read; the tables of 0.33 stand for it" in err, command
+    assert run("cap", *newer)[0] == run("cap", "--version", "0.33", *SEED)[0]
+
+
+def test_output_is_a_file_wherever_it_is_an_option() -> None:
+    helps = [
+        parameter.help
+        for command in ALL.values()
+        for parameter in command.params
+        if "--output" in parameter.opts
+    ]
+    assert helps
+    assert all(re.search(r"JSON|file", text) and "older" not in text for text in helps)
+
+
+def test_several_dtypes_have_a_picture_each(tmp_path: Path) -> None:
+    plot = tmp_path / "p.svg"
+    assert picture_of(plot, "bfloat16", ["bfloat16"]) == plot
+    made = {picture_of(plot, one, ["bfloat16", "float16"]) for one in ("bfloat16", "float16")}
+    assert {file.name for file in made} == {"p-bfloat16.svg", "p-float16.svg"}
 
 
 def test_the_cap_of_a_hidden_size_is_its_own() -> None:
@@ -259,7 +288,12 @@ def test_show_writes_every_form_and_its_pictures(tmp_path: Path) -> None:
         (("explain", "4K", "--dtype", "fp8"), 2, "unknown dtype"),
         (("audit", "--profile", "nobody"), 5, "cannot read profile nobody"),
         (("audit", *SEED, "--engine", "tgi"), 2, "unknown engine"),
-        (("audit", *SEED, "--version", "9.9"), 2, "unknown vLLM version"),
+        (("audit", *SEED, "--version", "0.3"), 2, "unknown vLLM version"),
+        (("tune", "--dtype", "int8"), 2, "unknown dtype"),
+        (("tune", "--dtype", "bf16,int8"), 2, "unknown dtype"),
+        (("verify", "--dtype", "int8"), 2, "unknown dtype"),
+        (("decode", "--dtype", "int8"), 2, "unknown dtype"),
+        (("bench", "--dtype", "int8"), 2, "unknown dtype"),
         (("cap",), 2, "an engine's tables are about GPUs"),
         (("tune", "--without", "natvie"), 2, "unknown backend"),
         (("tune", "--hidden", "2048,x"), 2, "not a list of sizes"),

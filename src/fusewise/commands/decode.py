@@ -180,7 +180,9 @@ def _engine(node: Fingerprint, settings: DecodeSettings) -> EngineSettings | Non
     if node.sm is None:
         return None
     engine = engine_named()
-    return engine.settings(engine.version(), node, settings.dtype, os.environ, {})
+    version, warning = engine.stand_in(engine.version())
+    tell([warning] if warning else [])
+    return engine.settings(version, node, settings.dtype, os.environ, {})
 
 
 def _arm_record(arm: Arm, hidden_size: int) -> dict[str, Any]:
@@ -193,6 +195,8 @@ def _profile(name: str | None, node: Fingerprint, team: Team, settings: DecodeSe
     """The profile named, else this node's own if it knows the hidden size, else a short tune."""
     found = store.find_profile(node, settings.dtype, argument=name)
     tell(found.notes)
+    if name is not None and found.profile is not None and found.profile.dtype != settings.dtype:
+        raise InputError(f"{name} is of {found.profile.dtype}", got=f"--dtype {settings.dtype}")
     if found.profile is not None and (
         name is not None or settings.hidden_size in found.profile.points()
     ):

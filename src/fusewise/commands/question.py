@@ -20,6 +20,7 @@ from fusewise.commands.options import (
     StrictOption,
     TpOption,
     dtype_of,
+    tell,
     this_node,
 )
 from fusewise.engines import registry
@@ -76,7 +77,8 @@ class Question:
             )
         if self.multicast is not None:
             node = node.model_copy(update={"multicast": self.multicast})
-        version = self.version or engine.version()
+        version, warning = engine.stand_in(self.version or engine.version())
+        tell([warning] if warning else [])
         dtype = dtype_of(self.dtype, found.profile)
         return engine.settings(version, node, dtype, os.environ, self.own)
 

@@ -175,9 +175,9 @@ def nearest_version(asked: str, known: Collection[str]) -> str | None:
 
 
 def _number(version: str) -> int:
-    """For distances: ``v0.33.1rc2`` → 33, ``1.2`` → 10002."""
-    major, minor, *_ = [*map(int, re.findall(r"\d+", version)), 0, 0]
-    return 10_000 * major + minor
+    """For distances: ``v0.33`` → 330000, ``0.5.22`` → 50022."""
+    major, minor, patch, *_ = [*map(int, re.findall(r"\d+", version)), 0, 0, 0]
+    return (10_000 * major + minor) * 10_000 + patch
 
 
 @dataclass(frozen=True)
@@ -193,6 +193,8 @@ class Engine:
             InputError for a version or value it does not know, UnavailableError for a node on
             which the engine does not fuse.
         flags: options of its own.
+        stand_in: the version whose tables stand for one that was not read, and what to say then.
+            Raises InputError for one that is too old, or none.
     """
 
     name: str
@@ -202,6 +204,7 @@ class Engine:
         [str, Fingerprint, DType, Mapping[str, str], Mapping[str, FlagValue]], EngineSettings
     ]
     flags: tuple[Flag, ...] = ()
+    stand_in: Callable[[str], tuple[str, str | None]] = lambda version: (version, None)
 
     def version(self) -> str:
         """The installed version, else the newest that was read."""

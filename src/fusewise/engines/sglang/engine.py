@@ -11,7 +11,7 @@ from typing import Any, get_args
 from fusewise.engines import base
 from fusewise.engines.base import Engine, Flag, FlagValue
 from fusewise.engines.sglang.dispatch import FlashInferBackend, SGLangSettings
-from fusewise.engines.sglang.tables import TABLES, WORLD_SIZES
+from fusewise.engines.sglang.tables import TABLES, WORLD_SIZES, known_version
 from fusewise.errors import InputError, UnavailableError
 from fusewise.node import Fingerprint
 from fusewise.shape import DType
@@ -94,6 +94,7 @@ ENGINE = Engine(
     distribution="sglang",
     versions=tuple(TABLES),
     settings=settings_on,
+    stand_in=known_version,
     flags=(
         base.NCCL_SYMM_MEM,
         base.SYMM_MEM,

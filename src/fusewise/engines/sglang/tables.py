@@ -26,6 +26,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from fusewise.engines.base import nearest_version
 from fusewise.errors import InputError
 
 _KIB, _MIB = 2**10, 2**20
@@ -143,8 +144,12 @@ def tables_of(version: str) -> Tables:
     release = ".".join(match.groups()) if match else version.strip()
     if release in TABLES:
         return TABLES[release]
+    near = nearest_version(release, TABLES)
     raise InputError(
-        "unknown SGLang version", expected=f"one of {', '.join(TABLES)}", got=repr(version)
+        "unknown SGLang version",
+        expected=f"one of {', '.join(TABLES)}",
+        got=repr(version),
+        hint=f"The nearest known one is {near}." if near else None,
     )
 
 

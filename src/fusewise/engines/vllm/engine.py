@@ -11,7 +11,7 @@ from typing import Any, get_args
 from fusewise.engines import base
 from fusewise.engines.base import Engine, FlagValue
 from fusewise.engines.vllm.dispatch import FlashInferBackend, VllmSettings
-from fusewise.engines.vllm.tables import TABLES, Tables
+from fusewise.engines.vllm.tables import TABLES, Tables, known_version
 from fusewise.errors import InputError, UnavailableError
 from fusewise.node import Fingerprint
 from fusewise.shape import DType
@@ -93,5 +93,6 @@ ENGINE = Engine(
     distribution="vllm",
     versions=tuple(TABLES),
     settings=settings_on,
+    stand_in=known_version,
     flags=(base.NCCL_SYMM_MEM, base.SYMM_MEM, base.FLASHINFER_BACKEND),
 )
