@@ -13,7 +13,7 @@ def main() -> None:
         from fusewise.commands.app import app
 
         gc.enable()
-        app()
+        app(prog_name="fusewise")  # also as `python -m fusewise`, for help and completion
     except KeyboardInterrupt:
         print("fusewise: interrupted; nothing was written", file=sys.stderr)
         raise SystemExit(130) from None

@@ -420,6 +420,7 @@ def test_help_fits_80_columns_and_never_cuts_an_options_name(names: tuple[str, .
     out, _ = run(*names, "--help", env={"COLUMNS": "80", "TERMINAL_WIDTH": "80"})
     assert all(len(line) <= 80 for line in out.splitlines())
     assert "…" not in out
+    assert "..." not in out.partition("Commands:")[2], "a command's line says its whole sentence"
     for parameter in ALL[names].params:
         for name in (*parameter.opts, *parameter.secondary_opts):
             assert not name.startswith("-") or name in out, name

@@ -41,7 +41,7 @@ from fusewise.shape import Shape, format_size, parse_size
 @bordered
 def show(
     named: Annotated[
-        str | None, typer.Argument(metavar="[PROFILE]", help="The same as --profile.")
+        str | None, typer.Argument(metavar="PROFILE", help="The same as --profile.")
     ] = None,
     profile: ProfileOption = None,
     dtype: DTypeOption = None,
@@ -50,7 +50,7 @@ def show(
     html: Annotated[Path | None, typer.Option(help="Also write one self-contained page.")] = None,
     fmt: FormatOption = "table",
 ) -> None:
-    """A profile: its node, its decisions, its measurements, what was left out."""
+    """A profile: its node, its decisions, every measurement."""
     if named is not None and profile is not None:
         raise InputError("two profiles", expected="one", got=f"{named} and --profile {profile}")
     check_picture(plot)
@@ -72,13 +72,15 @@ def show(
 @asks
 def explain(
     question: Question,
-    size: Annotated[str, typer.Argument(help="A message size: 256K, 0.5M, 262144.")],
+    size: Annotated[
+        str, typer.Argument(metavar="SIZE", help="A message size: 256K, 0.5M, 262144.")
+    ],
     hidden: Annotated[int, typer.Option("--hidden", help="The hidden size.")] = 2048,
     op: Annotated[Op, typer.Option("--op", help="The operation.")] = "all_reduce_rms_norm",
     without: WithoutOption = None,
     fmt: FormatOption = "table",
 ) -> None:
-    """Why a message of SIZE runs on the path it runs on, and which level decided.
+    """Why a message of SIZE runs on its path, and who decided.
 
     Levels, highest first: argument, flag, environment, user profile, site profile, packaged
     profile, rule, engine default. Asked about an engine (--engine, or any option that only an

@@ -97,7 +97,9 @@ def decode(
     plot: PlotOption = None,
     fmt: FormatOption = "table",
 ) -> None:
-    """Tokens per second of a whole model: unfused, the engine's cap, the effective cap, measured.
+    """Tokens per second of a whole model under several plans.
+
+    Never fused, up to the engine's cap, up to the effective cap, as measured.
 
     The model is transformers' own with random weights, split over the ranks. Without a profile
     at the model's hidden size the sizes of this run are measured first.

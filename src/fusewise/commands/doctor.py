@@ -39,7 +39,7 @@ _PROFILES = (Column("dtype", "of"), Column("where", "where"), Column("level", "l
 
 @bordered
 def doctor(tp: TpOption = None, fmt: FormatOption = "table") -> None:
-    """This node, its switches, its profiles, and every backend: available, or why not.
+    """This node, its profiles, every backend: available, or why not.
 
     Cheap: nothing is built and no GPU memory is touched. `fusewise tune` tries for real.
     """

@@ -70,7 +70,7 @@ def audit(
     ] = None,
     fmt: FormatOption = "table",
 ) -> None:
-    """What an engine's own setting costs on a node, and the cap that cures it.
+    """What an engine's own setting costs, and the cap that cures it.
 
     Compares, at every measured size, the engine's fused kernel with the all-reduce that this
     version would run instead. delta = instead − fused: above zero, fusing is faster. The engine's
@@ -189,6 +189,8 @@ def _level(cap: CapDecision) -> str:
     """Level and origin; a profile named by a flag is not a cap set by one."""
     measured = cap.origin in ("measured", "published")
     named = {"flag": "--profile", "environment": "FUSEWISE_PROFILE"}.get(cap.level, cap.level)
+    if cap.level == cap.origin:
+        return cap.level
     return f"{named if measured else cap.level} ({cap.origin})"
 
 
@@ -199,7 +201,7 @@ def _bytes(size: int | None) -> str:
 @bordered
 @asks
 def cap(question: Question, hidden: HiddenOption = None, fmt: FormatOption = "table") -> None:
-    """The one number an engine understands, and the exact flag to paste.
+    """The one number an engine understands, and the flag to paste.
 
     The largest size up to which the engine's fused kernel never loses to its own alternative:
     from a profile where one answers, else by rule; with --hidden at those hidden sizes only. As

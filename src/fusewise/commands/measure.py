@@ -75,7 +75,7 @@ def tune(
     plot: Annotated[Path | None, typer.Option(help="Also write the picture: .svg, .png.")] = None,
     fmt: FormatOption = "table",
 ) -> None:
-    """Measure this node, write its profile, print the table and what was decided.
+    """Measure this node, write its profile, print what was decided.
 
     Starts one rank per GPU (two CPU ranks without GPUs), or joins torchrun's:
     torchrun --nproc-per-node 8 -m fusewise tune. A provider that fails, crashes or hangs is left

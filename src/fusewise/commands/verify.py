@@ -60,7 +60,9 @@ def verify(
     without: WithoutOption = None,
     fmt: FormatOption = "table",
 ) -> None:
-    """Checks every backend that can run here: bits and float64, eager and in CUDA graphs.
+    """Checks that every backend that can run here is right.
+
+    Bit by bit between ranks and against float64, eager and in CUDA graphs.
 
     Needs two ranks and no second GPU: ranks share what there is. Exit code 0 where every backend
     that can run is right, 6 where one is wrong.

@@ -218,7 +218,7 @@ def patch(
     dtype: DTypeOption = None,
     tp: TpOption = None,
 ) -> None:
-    """A patch of vLLM's fusion table with this node's cap, and the evidence for it.
+    """A patch of vLLM's fusion table for this node, with evidence.
 
     Example: fusewise vllm patch --source ~/src/vllm > cap.patch
     """
