@@ -115,6 +115,23 @@ def test_a_newer_release_is_answered_alike_by_every_command() -> None:
     assert run("cap", *newer)[0] == run("cap", "--version", "0.33", *SEED)[0]
 
 
+def test_where_an_engine_does_not_fuse_there_is_nothing_to_paste() -> None:
+    alone = {"VLLM_BATCH_INVARIANT": "1"}
+    out, err = run("cap", "--version", "0.33", *SEED, env=alone)
+    assert out == "0\n"
+    assert "does not fuse here" in err
+    document = json.loads(run("cap", "--version", "0.33", *SEED, "--format", "json", env=alone)[0])
+    (row,) = document["cap"]["rows"]
+    assert (row["cap_bytes"], row["flag"], row["environment"]) == (None, None, None)
+
+
+def test_the_level_reads_alike_in_every_command() -> None:
+    asked = ("--version", "0.22", *SEED)
+    for command in (("audit",), ("vllm", "check"), ("explain", "256K", "--engine", "vllm")):
+        assert re.search(r"answered by +--profile \(published\)", run(*command, *asked)[0])
+    assert "--profile (published)" in run("cap", *asked)[1]
+
+
 def test_output_is_a_file_wherever_it_is_an_option() -> None:
     helps = [
         parameter.help

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from fusewise.backends.registry import select
+from fusewise.commands.engine import level_of
 from fusewise.commands.options import (
     DTypeOption,
     FormatOption,
@@ -114,7 +115,7 @@ def _engines_choice(
         ("with cap", choice.with_cap),
         ("engine's own cap", _bytes(choice.engine_cap_bytes)),
         ("cap", _bytes(choice.cap_bytes)),
-        ("answered by", f"{choice.level} ({choice.origin})"),
+        ("answered by", level_of(decision)),
         ("because", choice.why),
     ]
     return facts("engine", engine | choice.to_record(), shown, "Engine")

@@ -126,7 +126,7 @@ def _summary(result: auditing.Audit, where: str, question: Question) -> Section:
         ("engine's own cap", str(result.threshold or _NONE)),
         *(("losing band", band) for band in bands),
         ("cap", _bytes(result.cap.cap_bytes)),
-        ("answered by", _level(result.cap)),
+        ("answered by", level_of(result.cap)),
         ("because", result.cap.why),
         ("cap against the best path known", "unknown" if best is None else _bytes(best)),
     ]
@@ -185,7 +185,7 @@ def _check(result: auditing.Audit, limit: float) -> None:
         )
 
 
-def _level(cap: CapDecision) -> str:
+def level_of(cap: CapDecision) -> str:
     """Level and origin; a profile named by a flag is not a cap set by one."""
     measured = cap.origin in ("measured", "published")
     named = {"flag": "--profile", "environment": "FUSEWISE_PROFILE"}.get(cap.level, cap.level)
@@ -220,11 +220,8 @@ def cap(question: Question, hidden: HiddenOption = None, fmt: FormatOption = "ta
     if fmt == "table":
         _print_cap(decision, settings, rows)
         return
-    size = decision.cap_bytes or 0
-    record = asdict(decision) | {
-        "flag": settings.flag(size),
-        "environment": settings.environment(size),
-    }
+    flag, environment = _to_paste(decision, settings)
+    record = asdict(decision) | {"flag": flag, "environment": environment}
     columns = tuple(Column(key, key) for key in record)
     write([Section("cap", columns, [record]), Section("hidden_sizes", _HIDDEN, rows)], fmt)
 
@@ -240,15 +237,20 @@ def _hidden_row(size: int, decision: CapDecision, settings: EngineSettings) -> d
     }
 
 
+def _to_paste(decision: CapDecision, settings: EngineSettings) -> tuple[str | None, str | None]:
+    """Flag and variable; neither where the engine does not fuse."""
+    size = decision.cap_bytes
+    return (None, None) if size is None else (settings.flag(size), settings.environment(size))
+
+
 def _print_cap(
     decision: CapDecision, settings: EngineSettings, rows: Sequence[Mapping[str, Any]]
 ) -> None:
-    size = decision.cap_bytes or 0
-    typer.echo(size)
-    for line in (settings.flag(size), settings.environment(size)):
+    typer.echo(decision.cap_bytes or 0)
+    for line in _to_paste(decision, settings):
         if line is not None:
             typer.echo(line)
-    typer.echo(f"fusewise: {_level(decision)}: {decision.why}", err=True)
+    typer.echo(f"fusewise: {level_of(decision)}: {decision.why}", err=True)
     told = ", ".join(f"{row['max_tokens'] or 0} at hidden {row['hidden_size']}" for row in rows)
     typer.echo(f"fusewise: tokens still fused: {told}", err=True)
     for note in settings.notes() if settings.only_lowered else ():

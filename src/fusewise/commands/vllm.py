@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from fusewise.commands.engine import LOSING_BANDS
+from fusewise.commands.engine import LOSING_BANDS, level_of
 from fusewise.commands.options import (
     DTypeOption,
     FormatOption,
@@ -171,7 +171,7 @@ def _summary(
         ("plugin", f"FUSEWISE_VLLM={switch}"),
         ("cap today", _size(today)),
         ("cap with fusewise", _size(cap)),
-        ("answered by", f"{decision.level} ({decision.origin})"),
+        ("answered by", level_of(decision)),
         ("because", decision.why),
         ("unfused at that cap, today", settings.unfused_choice(at) if at else None),
         ("unfused at that cap, capped", settings.displaced_choice(at) if at else None),
