@@ -106,6 +106,20 @@ def test_the_engines_own_environment_counts_in_every_command(
     assert "VLLM_USE_NCCL_SYMM_MEM" in run("cap", *VLLM, code=2)[1]
 
 
+@pytest.mark.parametrize(("multicast", "cap"), [(True, 262144), (False, 524288)])
+def test_on_its_own_node_every_command_asks_torch_about_multicast(
+    multicast: bool, cap: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mark = store.load("nvidia-h200-tp8").fingerprint
+    monkeypatch.setattr(options, "this_node", lambda tp: mark)
+    for module in ("question", "vllm"):
+        monkeypatch.setattr(f"fusewise.commands.{module}.torch_multicast", lambda: multicast)
+    asked = ("--version", "0.22")
+    assert facts("audit", *asked)["cap_bytes"] == cap
+    assert answer("cap", *asked)["cap_bytes"] == cap
+    assert facts("vllm", "check", *asked)["cap_bytes"] == cap
+
+
 def test_a_newer_release_is_answered_alike_by_every_command() -> None:
     """`vllm check` took the newest tables with a warning, `cap` and `audit` refused."""
     newer = ("--version", "0.99", *SEED)

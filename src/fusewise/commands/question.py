@@ -28,7 +28,8 @@ from fusewise.engines.base import Engine, EngineSettings, FlagValue
 from fusewise.engines.cap import CapDecision, ExplicitCap, decide_cap
 from fusewise.engines.plugin import explicit_cap
 from fusewise.errors import InputError
-from fusewise.profiles.store import Resolution
+from fusewise.node import torch_multicast
+from fusewise.profiles.store import NAMED, Resolution
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -75,6 +76,8 @@ class Question:
                 got=f"one of {node.device}",
                 hint="Pass --profile nvidia-h200-tp8 to see the published one.",
             )
+        if self.multicast is None and found.level not in NAMED:
+            node = node.model_copy(update={"multicast": torch_multicast()})
         if self.multicast is not None:
             node = node.model_copy(update={"multicast": self.multicast})
         version, warning = engine.stand_in(self.version or engine.version())

@@ -43,7 +43,7 @@ from fusewise.engines.vllm.seams import CONFIG_SEAMS, WORKER_SEAMS
 from fusewise.engines.vllm.tables import known_version
 from fusewise.errors import InputError
 from fusewise.node import Fingerprint, torch_multicast
-from fusewise.profiles.store import Resolution
+from fusewise.profiles.store import NAMED, Resolution
 from fusewise.report.table import Column, Section, facts
 from fusewise.shape import format_size, tokens_at
 
@@ -88,7 +88,7 @@ def check(
     found = resolve(profile, dtype, tp, strict)
     tell(found.notes)
     node = found.profile.fingerprint if found.profile else this_node(tp)
-    here = found.level not in ("argument", "flag", "environment")
+    here = found.level not in NAMED
     flags = {"multicast": torch_multicast()} if here else {}
     settings = settings_on(
         _version(version), node, dtype_of(dtype, found.profile), os.environ, flags

@@ -37,6 +37,8 @@ Level = Literal[
     "rule", "engine default",
 ]  # fmt: skip
 
+NAMED: tuple[Level, ...] = ("argument", "flag", "environment")  # of whatever node it is
+
 TUNE_HINT = "Run `fusewise tune` on this node."
 
 
