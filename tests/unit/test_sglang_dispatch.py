@@ -255,9 +255,10 @@ def test_cap_gives_a_number_its_tokens_and_what_to_do(monkeypatch: pytest.Monkey
     out, err = run("cap", "--profile", "nvidia-h200-tp2", "--no-custom-v2")
     assert out.splitlines() == ["4194304", "FUSEWISE_CAP=4194304"]
     assert "1024 at hidden 2048, 512 at hidden 4096, 292 at hidden 7168" in err
-    row = json.loads(run("cap", "--profile", "nvidia-h200-tp8", "--format", "json")[0])["rows"][0]
+    document = json.loads(run("cap", "--profile", "nvidia-h200-tp8", "--format", "json")[0])
+    (row,) = document["cap"]["rows"]
     assert (row["cap_bytes"], row["level"]) == (512 * KIB, "rule")
-    assert [row[f"max_tokens[{h}]"] for h in (2048, 4096, 7168)] == [128, 64, 36]
+    assert [one["max_tokens"] for one in document["hidden_sizes"]["rows"]] == [128, 64, 36]
 
 
 def test_the_pages_token_table_is_what_the_command_answers(
@@ -270,8 +271,10 @@ def test_the_pages_token_table_is_what_the_command_answers(
     for profile, switches, cells in rows:
         *tokens, answered = (cell.strip() for cell in cells.split("|"))
         asked = ("cap", "--profile", profile, *switches.split(), "--format", "json")
-        row = json.loads(run(*asked)[0])["rows"][0]
-        assert [str(row[f"max_tokens[{h}]"]) for h in (2048, 4096, 7168)] == tokens, switches
+        document = json.loads(run(*asked)[0])
+        (row,) = document["cap"]["rows"]
+        sizes = document["hidden_sizes"]["rows"]
+        assert [str(one["max_tokens"]) for one in sizes] == tokens, switches
         assert row["origin"] == answered
 
 
@@ -297,6 +300,6 @@ def test_explain_weighs_tokens_at_the_hidden_size_asked_about(
 ) -> None:
     monkeypatch.delenv("FUSEWISE_CAP", raising=False)
     asked = ("--hidden", str(hidden_size), "--profile", "nvidia-h200-tp2", "--format", "json")
-    (row,) = json.loads(run("explain", size, *asked)[0])["rows"]
-    assert row["engine_with_cap"] == with_cap
+    (row,) = json.loads(run("explain", size, *asked)[0])["engine"]["rows"]
+    assert row["with_cap"] == with_cap
     assert row["engine_cap_bytes"] == 4096 * hidden_size

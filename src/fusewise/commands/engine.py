@@ -251,7 +251,10 @@ def _print_cap(
         if line is not None:
             typer.echo(line)
     typer.echo(f"fusewise: {level_of(decision)}: {decision.why}", err=True)
-    told = ", ".join(f"{row['max_tokens'] or 0} at hidden {row['hidden_size']}" for row in rows)
+    sizes = {row["hidden_size"]: row["max_tokens"] or 0 for row in rows}
+    if not settings.counts_tokens:  # the number above is one for all
+        sizes = {h: settings.max_tokens(decision.cap_bytes or 0, h) for h in sizes}
+    told = ", ".join(f"{tokens} at hidden {hidden}" for hidden, tokens in sizes.items())
     typer.echo(f"fusewise: tokens still fused: {told}", err=True)
     for note in settings.notes() if settings.only_lowered else ():
         typer.echo(f"fusewise: {note}", err=True)
