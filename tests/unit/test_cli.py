@@ -139,9 +139,36 @@ def test_show_writes_every_form_and_its_pictures(tmp_path: Path) -> None:
     assert any(len(row) > 5 for row in csv.reader(io.StringIO(text)))
     svg, page = tmp_path / "p.svg", tmp_path / "p.html"
     _, err = run("show", "nvidia-h200-tp8", "--plot", str(svg), "--html", str(page))
-    assert svg.read_text().startswith("<?xml")
+    assert svg.read_text().startswith("<svg")
     assert "<svg" in page.read_text()
     assert f"wrote {svg}" in err
+
+
+def test_report_writes_the_page_with_what_to_do(tmp_path: Path) -> None:
+    page = tmp_path / "p.html"
+    out, err = run("report", *SEED, "-o", str(page))
+    assert (out, err) == ("", f"fusewise: wrote {page}\n")
+    assert "What to do next" in page.read_text()
+    assert "(262144 bytes)" not in page.read_text(), "its kernels were not measured"
+    run("report", *SEED, "--engine", "vllm", "--version", "0.22", "-o", str(page))
+    assert "(262144 bytes)" in page.read_text()
+    assert "512K" in page.read_text()
+    run("report", *SEED, "-o", "/nope/p.html", code=3)
+    run("report", *SEED, "--engine", "nobody", "-o", str(tmp_path / "q.html"), code=2)
+    assert not (tmp_path / "q.html").exists()
+
+
+def test_a_picture_without_matplotlib_asks_for_the_extra_before_anything_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fusewise.report.drawing.find_spec", lambda name: None)
+    png, svg = str(tmp_path / "p.png"), str(tmp_path / "p.svg")
+    for command in (("show", "nvidia-h200-tp8"), ("tune",), ("decode",)):
+        out, err = run(*command, "--plot", png, code=3)
+        assert out == "" or command[0] == "show"
+        assert "pip install 'fusewise[plot]'" in err
+    run("show", "nvidia-h200-tp8", "--plot", svg)
+    run("decode", "--plot", svg, code=3)  # its picture is matplotlib's in either form
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,9 @@ import pytest
 from typer.testing import CliRunner
 
 from fusewise.commands.app import app
+from fusewise.profiles import store
+from fusewise.profiles.plan import derive
+from fusewise.report import plot
 from tests.example_runs import run_example
 
 ROOT = Path(__file__).parents[2]
@@ -40,6 +43,13 @@ def test_the_packaged_profiles_cap_is_the_one_the_readme_prints() -> None:
     result = CliRunner().invoke(app, ["cap", "--engine", "vllm", "--profile", "nvidia-h200-tp2"])
     number, flag = result.stdout.splitlines()[:2]
     assert f"# {number}\n# {flag}\n" in TEXT
+
+
+def test_the_picture_is_the_one_that_the_packaged_profile_gives(tmp_path: Path) -> None:
+    profile = store.load("nvidia-h200-tp2")
+    plot.save(profile, derive(profile), tmp_path / "again.svg")
+    shown = ROOT / "docs" / "images" / "h200-tp2.svg"
+    assert (tmp_path / "again.svg").read_text("utf-8") == shown.read_text("utf-8")
 
 
 @pytest.mark.parametrize("document", sorted(ROOT.glob("*.md")) + sorted(ROOT.glob("docs/*.md")))

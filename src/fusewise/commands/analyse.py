@@ -15,6 +15,7 @@ from fusewise.commands.options import (
     TpOption,
     WithoutOption,
     bordered,
+    check_picture,
     resolve,
     resolve_or_fail,
     tell,
@@ -48,6 +49,8 @@ def show(
     fmt: FormatOption = "table",
 ) -> None:
     """A profile: its node, its decisions, its measurements, what was left out."""
+    if plot is not None:
+        check_picture(plot)
     found = resolve_or_fail(profile, dtype, tp)
     assert found.profile is not None
     plan = derive(found.profile)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import typer
 
-from fusewise.commands import analyse, decode, doctor, engine, measure, verify, vllm
+from fusewise.commands import analyse, decode, doctor, engine, measure, report, verify, vllm
 
 app = typer.Typer(
     name="fusewise",
@@ -29,6 +29,7 @@ app.command()(verify.verify)
 app.command()(measure.bench)
 app.command()(analyse.show)
 app.command()(analyse.explain)
+app.command()(report.report)
 app.command()(engine.audit)
 app.command()(engine.cap)
 app.command()(doctor.doctor)

@@ -17,6 +17,7 @@ from fusewise.errors import FusewiseError, InputError, ProfileError, Unavailable
 from fusewise.node import Fingerprint, gpu_count, probe
 from fusewise.profiles import store
 from fusewise.ranks.place import default_ranks
+from fusewise.report.drawing import check_matplotlib
 from fusewise.report.table import Format, Section, render_sections
 from fusewise.shape import DType, parse_dtype
 
@@ -165,7 +166,7 @@ def tell(notes: Sequence[str]) -> None:
 
 
 def write_picture(profile: Any, plan: Any, file: Path) -> None:
-    """The profile's picture; matplotlib is imported only here."""
+    """The profile's picture."""
     from fusewise.report.plot import save
 
     save(profile, plan, file)
@@ -177,11 +178,14 @@ def check_picture(file: Path) -> None:
 
     Raises:
         InputError: another suffix, or no such directory.
+        UnavailableError: a .png without matplotlib.
     """
     if file.suffix.lower() not in (".svg", ".png") or not file.parent.is_dir():
         raise InputError(
             "cannot draw there", expected=".svg or .png in a directory that exists", got=str(file)
         )
+    if file.suffix.lower() == ".png":
+        check_matplotlib("a .png")
 
 
 def dtypes(text: str) -> tuple[DType, ...]:

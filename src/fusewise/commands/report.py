@@ -1,0 +1,41 @@
+"""``report``: a profile as one page to read and to send on. Without torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fusewise.commands.options import bordered, resolve_or_fail, tell
+from fusewise.commands.question import Question, asks
+from fusewise.profiles.plan import derive
+from fusewise.report.advice import of_all_engines, of_engine
+from fusewise.report.html import page
+
+
+@bordered
+@asks
+def report(
+    question: Question,
+    output: Annotated[Path, typer.Option("--output", "-o", help="The page's file.")] = Path(
+        "fusewise.html"
+    ),
+) -> None:
+    """One self-contained page of a profile: what to do next, the picture, every table.
+
+    It needs nothing from elsewhere, follows the reader's light or dark scheme, and names the cap
+    of every known engine; --engine and the options behind it ask about that one only.
+
+    Example: fusewise report --profile nvidia-h200-tp8 --engine vllm --version 0.22
+    """
+    found = resolve_or_fail(question.profile, question.dtype, question.tp, question.strict)
+    assert found.profile is not None
+    profile = found.profile
+    if question.engine is None:
+        advice = of_all_engines(profile, found.level)
+    else:
+        settings = question.settings(profile.fingerprint)
+        advice = [of_engine(question.engine, profile, settings, found.level)]
+    output.write_text(page(profile, derive(profile), advice=advice), encoding="utf-8")
+    tell([f"wrote {output}"])
