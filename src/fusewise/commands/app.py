@@ -7,7 +7,17 @@ from __future__ import annotations
 
 import typer
 
-from fusewise.commands import analyse, decode, doctor, engine, measure, report, verify, vllm
+from fusewise.commands import (
+    analyse,
+    decode,
+    doctor,
+    engine,
+    measure,
+    profile,
+    report,
+    verify,
+    vllm,
+)
 
 app = typer.Typer(
     name="fusewise",
@@ -34,4 +44,5 @@ app.command()(engine.audit)
 app.command()(engine.cap)
 app.command()(doctor.doctor)
 app.command()(decode.decode)
+app.add_typer(profile.app, name="profile")
 app.add_typer(vllm.app, name="vllm")
