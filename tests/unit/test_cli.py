@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import io
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -241,6 +243,38 @@ def test_doctor_gives_every_backend_a_reason_or_none() -> None:
         assert row["available"] == (row["reason"] is None)
     assert rows["gloo"]["available"]
     assert "GPU" in rows["nccl"]["reason"]
+
+
+_ABSENT = "sys.modules['torch'] = None"
+_BROKEN = """
+class Broken(abc.MetaPathFinder):
+    def find_spec(self, name, *_):
+        if name == "torch":
+            raise ImportError("libfoo.so", name="torch._C")
+sys.meta_path.insert(0, Broken())
+"""
+
+
+@pytest.mark.parametrize("how", [_ABSENT, _BROKEN], ids=["absent", "broken"])
+def test_without_torch_the_doctor_says_so_and_the_rest_is_one_line(how: str) -> None:
+    code = (
+        f"import sys\nfrom importlib import abc\n{how}\nfrom fusewise.__main__ import main\nmain()"
+    )
+    said = "torch cannot be imported" if how is _ABSENT else "libfoo.so"
+
+    def ran(*command: str) -> subprocess.CompletedProcess[str]:
+        words = [sys.executable, "-c", code, *command]
+        return subprocess.run(words, capture_output=True, text=True, check=False)
+
+    doctor = ran("doctor", "-f", "json")
+    assert doctor.returncode == 0, doctor.stderr
+    rows = json.loads(doctor.stdout)["backends"]["rows"]
+    assert len(rows) > 8
+    assert all(said in row["reason"] and not row["available"] for row in rows)
+    tune = ran("tune", "--budget", "1", "--hidden", "64")
+    assert (tune.returncode, tune.stdout) == (3, "")
+    assert said in tune.stderr
+    assert "Traceback" not in tune.stderr
 
 
 @pytest.mark.parametrize(

@@ -55,7 +55,7 @@ WithoutOption = Annotated[
 
 
 def bordered(command: Command) -> Command:
-    """Turns our errors into one line on stderr and an exit code; nothing else is caught."""
+    """Turns our errors and torch's absence into one line on stderr and an exit code."""
 
     @functools.wraps(command)
     def run(*args: Any, **kwargs: Any) -> Any:
@@ -67,6 +67,12 @@ def bordered(command: Command) -> Command:
         except KeyboardInterrupt:
             typer.echo("fusewise: interrupted; nothing was written", err=True)
             raise typer.Exit(INTERRUPTED) from None
+        except ImportError as error:
+            if not (error.name or "").startswith("torch"):
+                raise
+            hint = "Run `pip install torch`; `fusewise doctor` says what else is missing."
+            typer.echo(f"fusewise: error: torch cannot be imported ({error}). {hint}", err=True)
+            raise typer.Exit(UnavailableError.exit_code) from None
         except BrokenPipeError:
             # The reader went away (`| head`): what is still buffered must not raise at exit.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
