@@ -9,6 +9,7 @@ from xml.etree import ElementTree
 
 import pytest
 
+from fusewise.decode import picture as decode_picture
 from fusewise.errors import InputError, UnavailableError
 from fusewise.node import Fingerprint
 from fusewise.profiles import store
@@ -370,3 +371,25 @@ def test_the_decision_comes_first_and_the_chosen_cell_is_marked(written):
     assert written.count('class="right chosen"') == 4
     assert '<td class="right chosen">*5.00</td>' in written
     assert '<td class="do-not-fuse">do not fuse</td>' in written
+
+
+def test_the_picture_of_a_decode_run_names_every_arm_and_stays_on_its_sheet(tmp_path):
+    rows = [
+        {"phase": phase, "arm": arm, "tokens": tokens, "path": "p", "graph": "g",
+         "tokens_per_run": 8, "message_bytes": 4096 * tokens,
+         "times_s": [base, base * 1.05, base * 0.95]}
+        for phase in ("decode", "prefill") for tokens in (1, 8, 64)
+        for arm, base in (("unfused", 1.0), ("engine_cap", 0.9), ("measured", 0.7))
+    ]  # fmt: skip
+    sheet = decode_picture.picture(rows, "a run")
+    svg = drawing.svg(sheet, colors.literal, "a run", "paper")
+    for text in ("unfused", "engine_cap", "measured", "decode, by batch size", "64"):
+        assert text in labels(svg)
+    for item in sheet.items:
+        for x, y in [item.at] if isinstance(item, Words) else item.points:
+            assert 0 <= x <= sheet.width
+            assert 0 <= y <= sheet.height
+    dots = {item.color for item in sheet.items if isinstance(item, Area)}
+    assert len(dots) == 3
+    decode_picture.save(rows, "a run", tmp_path / "run.svg")
+    assert (tmp_path / "run.svg").read_text("utf-8") == svg

@@ -49,8 +49,7 @@ def show(
     fmt: FormatOption = "table",
 ) -> None:
     """A profile: its node, its decisions, its measurements, what was left out."""
-    if plot is not None:
-        check_picture(plot)
+    check_picture(plot)
     found = resolve_or_fail(profile, dtype, tp)
     assert found.profile is not None
     plan = derive(found.profile)

@@ -43,7 +43,6 @@ from fusewise.node import Fingerprint
 from fusewise.profiles import store
 from fusewise.profiles.schema import Profile
 from fusewise.ranks.teams import Team, local_team, under_torchrun
-from fusewise.report.drawing import check_matplotlib
 from fusewise.shape import parse_dtype, parse_size
 from fusewise.tune.settings import Settings
 
@@ -101,7 +100,7 @@ def decode(
     The model is transformers' own with random weights, split over the ranks. Without a profile
     at the model's hidden size the sizes of this run are measured first.
     """
-    _check_plot(plot)
+    check_picture(plot)
     if under_torchrun():
         raise InputError("decode starts its ranks itself", hint="Run it without torchrun.")
     team = local_team(tp)
@@ -138,13 +137,6 @@ def decode(
 
         save(result["rows"], _title(settings, node), plot)
         tell([f"wrote {plot}"])
-
-
-def _check_plot(plot: Path | None) -> None:
-    """Before minutes are spent; matplotlib draws both forms here."""
-    if plot is not None:
-        check_picture(plot)
-        check_matplotlib("--plot")
 
 
 def _record(

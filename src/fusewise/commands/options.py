@@ -179,13 +179,15 @@ def write_picture(profile: Any, plan: Any, file: Path) -> None:
     typer.echo(f"fusewise: wrote {file}", err=True)
 
 
-def check_picture(file: Path) -> None:
-    """Whether a picture can be written there.
+def check_picture(file: Path | None) -> None:
+    """Whether a picture can be written there, if one is wanted.
 
     Raises:
         InputError: another suffix, or no such directory.
         UnavailableError: a .png without matplotlib.
     """
+    if file is None:
+        return
     if file.suffix.lower() not in (".svg", ".png") or not file.parent.is_dir():
         raise InputError(
             "cannot draw there", expected=".svg or .png in a directory that exists", got=str(file)

@@ -11,9 +11,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from html import escape
 from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from fusewise.errors import UnavailableError
+from fusewise.errors import InputError, UnavailableError
+from fusewise.report.colors import literal
 from fusewise.report.table import printable
 
 if TYPE_CHECKING:
@@ -139,6 +141,24 @@ def _escaped(text: str) -> str:
     return escape(printable(text))
 
 
+def save(drawing: Drawing, title: str, file: Path) -> None:
+    """Writes SVG or PNG on light ground, by the suffix of ``file``.
+
+    Raises:
+        InputError: another suffix.
+        UnavailableError: a PNG without matplotlib.
+        OSError: the file cannot be written.
+    """
+    suffix = file.suffix.lower()
+    if suffix not in (".svg", ".png"):
+        raise InputError("unknown picture format", expected=".svg or .png", got=str(file))
+    if suffix == ".png":
+        content = png(drawing, literal, "paper")
+    else:
+        content = svg(drawing, literal, title, "paper").encode()
+    file.write_bytes(content)
+
+
 def check_matplotlib(what: str) -> None:
     """Before work is done for a picture that could not be written.
 
@@ -148,7 +168,7 @@ def check_matplotlib(what: str) -> None:
     if find_spec("matplotlib") is None:
         raise UnavailableError(
             f"{what} needs matplotlib, which is not installed",
-            hint="Run `pip install 'fusewise[plot]'`; a profile's .svg and its page need none.",
+            hint="Run `pip install 'fusewise[plot]'`; an .svg needs none.",
         )
 
 

@@ -183,11 +183,15 @@ def _table(section: Section) -> str:
         + "</tr>"
         for row in cells(section)
     )  # fmt: skip
+    table = (
+        f"<div class=scroll><table>\n<thead><tr>{head}</tr></thead>\n"
+        f"<tbody>\n{rows}\n</tbody></table></div>\n"
+    )
     notes = "".join(f"<p class=note>{_text(note)}</p>" for note in section.notes)
     return (
         f'<h2 id="{_text(section.name)}">{_text(section.title or section.name)}</h2>\n'
-        f"<div class=scroll><table>\n<thead><tr>{head}</tr></thead>\n"
-        f"<tbody>\n{rows}\n</tbody></table></div>\n{notes}"
+        + (table if rows or not notes else "")
+        + notes
     )
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 
 from fusewise.errors import InputError
@@ -16,7 +15,7 @@ from fusewise.operation import is_unfused
 from fusewise.profiles.bands import Plan
 from fusewise.profiles.schema import Profile
 from fusewise.report import drawing
-from fusewise.report.colors import color_of, literal
+from fusewise.report.colors import color_of
 from fusewise.report.crossings import FUSABLE
 from fusewise.report.drawing import Drawing, Item, Line, Words, moved, width_of
 from fusewise.report.panel import HEIGHT, dashes, dot, panel
@@ -29,8 +28,6 @@ _MARGIN, _GAP, _TITLE = 16.0, 24.0, 34.0
 _ENTRY = 11.0  # the legend's letters
 _LINE = 18.0
 
-_light = partial(literal, dark=False)
-
 
 def save(profile: Profile, plan: Plan, file: Path) -> None:
     """Writes the picture as SVG or PNG, by the suffix of ``file``.
@@ -40,15 +37,7 @@ def save(profile: Profile, plan: Plan, file: Path) -> None:
         UnavailableError: a PNG without matplotlib.
         OSError: the file cannot be written.
     """
-    suffix = file.suffix.lower()
-    if suffix not in (".svg", ".png"):
-        raise InputError("unknown picture format", expected=".svg or .png", got=str(file))
-    sheet = picture(profile, plan)
-    if suffix == ".png":
-        content = drawing.png(sheet, _light, "paper")
-    else:
-        content = drawing.svg(sheet, _light, title(profile), "paper").encode()
-    file.write_bytes(content)
+    drawing.save(picture(profile, plan), title(profile), file)
 
 
 def caption(profile: Profile) -> str:

@@ -73,7 +73,7 @@ def scales(columns: Sequence[Points]) -> Scales:
     return Scales(
         size,
         Axis(low, high, tuple(_decimal(low, high)), True),
-        Axis(1 - 0.04 * (top - 1), top, tuple(_even(1.0, top))),
+        Axis(1 - 0.04 * (top - 1), top, tuple(even_ticks(1.0, top))),
     )
 
 
@@ -95,10 +95,10 @@ def _decimal(low: float, high: float) -> list[float]:
     """1, 2 and 5 of every decade; even steps where that gives fewer than two."""
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     found = [m * 10.0**d for d in decades for m in (1, 2, 5) if low <= m * 10.0**d <= high]
-    return found if len(found) > 2 else _even(low, high)
+    return found if len(found) > 2 else even_ticks(low, high)
 
 
-def _even(low: float, high: float) -> list[float]:
+def even_ticks(low: float, high: float) -> list[float]:
     """Round values between the ends, at most six."""
     raw = (high - low) / _LINEAR_TICKS
     unit = 10.0 ** math.floor(math.log10(raw))
