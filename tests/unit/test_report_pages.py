@@ -162,6 +162,20 @@ def test_lines_stop_at_the_edge_and_nothing_leaves_the_sheet():
     assert len({point for line in lines for point in line.points}) > 50
 
 
+def test_wild_intervals_and_a_slow_path_that_runs_stay_in_their_part():
+    wild = [
+        Sample(path=path, num_tokens=t, hidden_size=2048, times_us=times)
+        for t in (16, 64)
+        for path, times in ((FUSED, (0.1, 5.0, 500.0)), (UNFUSED, (40.0, 50.0, 90.0)))
+    ]
+    here = profile(samples=tuple(wild))
+    (sheet,) = plot.panels(here, derive(here, min_gain=50.0), 470).values()
+    drawn = [item for item in sheet.items if not isinstance(item, Words) and item.color != "soft"]
+    for item in drawn:
+        for _, y in item.points:
+            assert 38 - 4 <= y <= 238 or 268 <= y <= 286 or 308 - 4 <= y <= 400 + 4
+
+
 def test_files_by_suffix(tmp_path):
     here = profile(tokens=(64, 256))
     plan = derive(here)

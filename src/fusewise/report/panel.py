@@ -70,6 +70,10 @@ class Frame:
         """Where a time or ratio is, px; above ``top`` where it is too large for the part."""
         return self.bottom - self.up.share(value) * (self.bottom - self.top)
 
+    def clamped(self, value: float) -> float:
+        """As ``y``, but never outside the part."""
+        return min(max(self.y(value), self.top), self.bottom)
+
 
 def panel(
     column: Points, table: Table | None, scale: Scales, hidden_size: int, width: float
@@ -131,12 +135,15 @@ def _path(
         places = [(frame.x(column.sizes[i]), span) for i, span in piece]
         line = [(x, frame.y(span.median)) for x, span in places]
         if any(span.low < span.high for _, span in places):
-            high = [(x, max(frame.y(span.high), frame.top)) for x, span in places]
-            low = [(x, max(frame.y(span.low), frame.top)) for x, span in places]
+            high = [(x, frame.clamped(span.high)) for x, span in places]
+            low = [(x, frame.clamped(span.low)) for x, span in places]
             yield Area((*high, *reversed(low)), color, 0.22)
         for part in _below(line, frame.top):
             yield Line(tuple(part), color, 1.4, dashes(name))
-        shaded = [at if runs[i] == name else None for (i, _), at in zip(piece, line, strict=True)]
+        shaded = [
+            at if runs[i] == name and at[1] >= frame.top else None
+            for (i, _), at in zip(piece, line, strict=True)
+        ]
         for run in _unbroken(shaded):
             yield Line(tuple(run if len(run) > 1 else run * 2), color, 7, (), 0.3)
         yield from (dot(at, name) for at in line if at[1] >= frame.top)
