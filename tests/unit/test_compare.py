@@ -94,11 +94,32 @@ def test_the_records_name_fields_that_differ_and_show_noise_only_when_asked() ->
     second = with_times(FIRST, 1.06, 200).model_copy(
         update={"fingerprint": NODE.model_copy(update={"torch": "2.13.0"})}
     )
-    fields, decisions, times = comparison(FIRST, second, compare(FIRST, second), every=False)
+    fields, decisions, times, counts = comparison(FIRST, second, compare(FIRST, second), False)
     assert fields.records == [{"field": "torch", "first": "2.11.0", "second": "2.13.0"}]
     assert (decisions.records, len(times.records)) == ([], 6)
     assert "same path at every size" in decisions.notes[0]
-    assert "6 of 6 common times differ beyond noise: the second is slower at 6" in times.notes[0]
+    assert "6 of 6 common times differ beyond noise: the second is slower at 6" in counts.notes[0]
     quiet = compare(FIRST, FIRST)
-    assert comparison(FIRST, FIRST, quiet, every=False)[2].records == []
+    fields, _, times, _ = comparison(FIRST, FIRST, quiet, every=False)
+    assert (times.records, times.notes) == (
+        [],
+        ("None of 6 differs beyond noise; --all shows them.",),
+    )
+    assert (fields.records, len(fields.notes)) == ([], 1)
     assert len(comparison(FIRST, FIRST, quiet, every=True)[2].records) == 6
+
+
+def test_each_operation_has_its_own_tables() -> None:
+    plain = Sample(
+        op="all_reduce", path="nccl", num_tokens=1, hidden_size=2048, times_us=(5.0, 5.1)
+    )
+    both = FIRST.model_copy(update={"samples": (*FIRST.samples, plain)})
+    names = [part.name for part in comparison(both, both, compare(both, both), every=True)]
+    ops = ("all_reduce_rms_norm", "all_reduce")
+    tables = [f"{what}_{op}" for what in ("decisions", "times") for op in ops]
+    assert names == ["fields", *tables, "counts"]
+    nothing = profile_of({9: {FUSED: 5.0}})
+    assert (
+        "0 of 0 common times"
+        in comparison(FIRST, nothing, compare(FIRST, nothing), True)[-1].notes[0]
+    )

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
+from fusewise.operation import Op
 from fusewise.profiles.compare import Change, Comparison, Disagreement
 from fusewise.profiles.intervals import CONFIDENCE, median
 from fusewise.profiles.plan import MIN_GAIN
 from fusewise.profiles.schema import Profile
+from fusewise.report.crossings import FUSABLE, OPS
 from fusewise.report.table import Column, Section
 from fusewise.shape import format_size
 
 _FIELDS = (Column("field", "field"), Column("first", "first"), Column("second", "second"))
 _WHERE = (
-    Column("op", "op"),
     Column("hidden_size", "hidden", align="right"),
     Column("size", "size", align="right"),
 )
@@ -47,15 +48,32 @@ def comparison(first: Profile, second: Profile, found: Comparison, every: bool) 
         found: ``compare(first, second)``.
         every: times that do not differ, too.
     """
-    shown = [c for c in found.changes if every or c.verdict in ("faster", "slower")]
+    ops = [op for op in OPS if any(change.op == op for change in found.changes)] or [FUSABLE]
     return [
-        Section("fields", _FIELDS, _fields(first, second), "What differs"),
-        Section(
-            "decisions", _DECISIONS, [_decision(d) for d in found.disagreements], "Decisions",
-            (_decided(found),),
-        ),
-        Section("times", _TIMES, [_time(c) for c in shown], "Times", tuple(_counted(found))),
-    ]  # fmt: skip
+        Section("fields", _FIELDS, _fields(first, second), "What differs", _alike(first, second)),
+        *(_decisions(found, op) for op in ops),
+        *(_times(found, op, every) for op in ops),
+        Section("counts", (), [], "Beyond noise", tuple(_counted(found))),
+    ]
+
+
+def _alike(first: Profile, second: Profile) -> tuple[str, ...]:
+    return () if _fields(first, second) else ("One node, one set of versions, one date.",)
+
+
+def _decisions(found: Comparison, op: Op) -> Section:
+    rows = [_decision(one) for one in found.disagreements if one.op == op]
+    note = "Both run the same path at every size that both measured."
+    if rows:
+        note = "costs there: the first one's path, where the second was measured, over its own."
+    return Section(f"decisions_{op}", _DECISIONS, rows, f"Decisions: {op}", (note,))
+
+
+def _times(found: Comparison, op: Op, every: bool) -> Section:
+    changes = [change for change in found.changes if change.op == op]
+    rows = [_time(c) for c in changes if every or c.verdict in ("faster", "slower")]
+    notes = () if rows else (f"None of {len(changes)} differs beyond noise; --all shows them.",)
+    return Section(f"times_{op}", _TIMES, rows, f"Times: {op}", notes)
 
 
 def _fields(first: Profile, second: Profile) -> list[dict[str, Any]]:
@@ -109,14 +127,6 @@ def _where(one: Change | Disagreement) -> dict[str, Any]:
         "message_bytes": one.shape.message_bytes,
         "size": format_size(one.shape.message_bytes),
     }
-
-
-def _decided(found: Comparison) -> str:
-    if not found.disagreements:
-        return "Both run the same path at every size that both measured."
-    return (
-        "costs there: the first one's path against the second's own, where the second was measured."
-    )
 
 
 def _counted(found: Comparison) -> list[str]:
