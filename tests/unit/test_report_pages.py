@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 from xml.etree import ElementTree
 
@@ -325,6 +326,17 @@ def test_every_mark_and_every_path_is_in_the_legend(written):
                  "grey column", "chosen there"):  # fmt: skip
         assert word in legend
     assert f"<b>{FUSED}</b> up to 406K; <b>{UNFUSED}</b> up to 4M" in written
+
+
+def test_neighbouring_bands_of_one_path_are_one_winner_and_no_crossover():
+    here = profile()
+    plan = derive(here)
+    (table,) = plan.tables
+    first, *rest = table.bands
+    split = (replace(first, end_bytes=4096), replace(first, min_bytes=4096), *rest)
+    cut = replace(plan, tables=(replace(table, bands=split),))
+    assert f"<b>{FUSED}</b> up to 406K; <b>{UNFUSED}</b> up to 4M" in html.page(here, cut)
+    assert sum("crossover" in text for text in labels(written_svg(here, cut))) == 1
 
 
 def test_both_schemes_define_every_colour_that_the_page_uses(written):

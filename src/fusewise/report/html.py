@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from html import escape
 from importlib import resources
+from itertools import groupby
 
 from fusewise.profiles.bands import Plan
 from fusewise.profiles.intervals import CONFIDENCE
@@ -141,10 +142,11 @@ def _winners(plan: Plan, hidden_size: int) -> str:
     if table is None:
         return ""
     known = [band for band in table.bands if band.min_bytes <= table.validated_to]
+    runs = [(path, list(bands)[-1]) for path, bands in groupby(known, lambda band: band.path)]
     return "; ".join(
-        f"<b>{_text(band.path)}</b> up to "
-        f"{rounded_size(min(band.end_bytes or table.validated_to, table.validated_to))}"
-        for band in known
+        f"<b>{_text(path)}</b> up to "
+        f"{rounded_size(min(last.end_bytes or table.validated_to, table.validated_to))}"
+        for path, last in runs
     )
 
 

@@ -244,7 +244,11 @@ def _changes(upper: Frame, lower: Frame, table: Table, column: Points) -> Iterat
 
     Shaded: from the last measured size before it to the first one at or above it.
     """
-    edges = [b.min_bytes for b in table.bands if 0 < b.min_bytes <= column.sizes[-1]]
+    edges = [
+        band.min_bytes
+        for before, band in pairwise(table.bands)
+        if band.path != before.path and band.min_bytes <= column.sizes[-1]
+    ]
     word = "crossover " if len(edges) == 1 else ""
     taken = [upper.left, upper.left]
     for edge in edges:
