@@ -152,8 +152,11 @@ def test_report_writes_the_page_with_what_to_do(tmp_path: Path) -> None:
     assert (out, err) == ("", f"fusewise: wrote {page}\n")
     assert "What to do next" in page.read_text()
     assert "(262144 bytes)" not in page.read_text(), "its kernels were not measured"
-    run("report", *SEED, "--engine", "vllm", "--version", "0.22", "-o", str(page))
-    assert "(262144 bytes)" in page.read_text()
+    for words in (("--engine", "vllm", "--version", "0.22"), ("--version", "0.22")):
+        run("report", *SEED, *words, "-o", str(page))
+        assert "(262144 bytes)" in page.read_text()
+    run("report", *SEED, "--cap", "128K", "-o", str(page))
+    assert "(131072 bytes)" in page.read_text()
     assert "512K" in page.read_text()
     run("report", *SEED, "-o", "/nope/p.html", code=3)
     run("report", *SEED, "--engine", "nobody", "-o", str(tmp_path / "q.html"), code=2)

@@ -78,6 +78,13 @@ class Question:
         version = self.version or engine.version()
         return engine.settings(version, node, parse_dtype(self.dtype), {}, self.own)
 
+    @property
+    def about_engine(self) -> bool:
+        """Whether anything was asked that only an engine answers."""
+        return bool(
+            self.engine or self.version or self.cap or self.own or self.multicast is not None
+        )
+
     def _check_flags(self, engine: Engine) -> None:
         others = [name for name in self.own if name not in {flag.name for flag in engine.flags}]
         if others:

@@ -25,17 +25,17 @@ def report(
     """One self-contained page of a profile: what to do next, the picture, every table.
 
     It needs nothing from elsewhere, follows the reader's light or dark scheme, and names the cap
-    of every known engine; --engine and the options behind it ask about that one only.
+    of every known engine. --engine, or any option that only an engine answers, asks about one.
 
     Example: fusewise report --profile nvidia-h200-tp8 --engine vllm --version 0.22
     """
     found = resolve_or_fail(question.profile, question.dtype, question.tp, question.strict)
     assert found.profile is not None
     profile = found.profile
-    if question.engine is None:
-        advice = of_all_engines(profile, found.level)
-    else:
+    advice = of_all_engines(profile, found.level)
+    if question.about_engine:
         settings = question.settings(profile.fingerprint)
-        advice = [of_engine(question.engine, profile, settings, found.level)]
+        explicit = question.explicit_cap()
+        advice = [of_engine(question.engine_name, profile, settings, found.level, explicit)]
     output.write_text(page(profile, derive(profile), advice=advice), encoding="utf-8")
     tell([f"wrote {output}"])

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from fusewise.engines.audit import Audit, LosingBand, audit
 from fusewise.engines.base import EngineSettings
+from fusewise.engines.cap import ExplicitCap
 from fusewise.engines.registry import engine_named, names
 from fusewise.errors import FusewiseError
 from fusewise.profiles.schema import Profile
@@ -57,13 +58,19 @@ def losing(band: LosingBand) -> str:
     )
 
 
-def of_engine(name: str, profile: Profile, settings: EngineSettings, level: Level) -> Advice:
-    """The advice for one engine with given settings.
+def of_engine(
+    name: str,
+    profile: Profile,
+    settings: EngineSettings,
+    level: Level,
+    explicit: ExplicitCap | None = None,
+) -> Advice:
+    """The advice for one engine with given settings; ``explicit``: a cap somebody set, it wins.
 
     Raises:
         StaleProfileError: the settings are of another node than the profile.
     """
-    found = audit(profile, settings, profile_level=level)
+    found = audit(profile, settings, explicit=explicit, profile_level=level)
     own, cap = settings.cap_bytes(), found.cap.cap_bytes
     return Advice(f"{name} {settings.version}", found, own is not None and (cap or 0) < own)
 
