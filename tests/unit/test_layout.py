@@ -111,7 +111,7 @@ def test_the_torch_free_rooms_import_no_torch() -> None:
         "cap --engine vllm --profile nvidia-h200-tp8",
         "profile list",
         "profile compare tp2 tp8",
-        "report --profile nvidia-h200-tp8 --output /dev/stdout",
+        "report --profile nvidia-h200-tp8 --output -",
     ],
 )
 def test_reading_commands_never_import_torch_or_numpy(command: str) -> None:

@@ -13,14 +13,16 @@ from fusewise.profiles.plan import derive
 from fusewise.report.advice import of_all_engines, of_engine
 from fusewise.report.html import page
 
+_STDOUT = Path("-")
+
 
 @bordered
 @asks
 def report(
     question: Question,
-    output: Annotated[Path, typer.Option("--output", "-o", help="The page's file.")] = Path(
-        "fusewise.html"
-    ),
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="The page's file; - is stdout.")
+    ] = Path("fusewise.html"),
 ) -> None:
     """One self-contained page of a profile: what to do next, the picture, every table.
 
@@ -37,5 +39,9 @@ def report(
         settings = question.settings(profile.fingerprint)
         explicit = question.explicit_cap()
         advice = [of_engine(question.engine_name, profile, settings, found.level, explicit)]
-    output.write_text(page(profile, derive(profile), advice=advice), encoding="utf-8")
+    text = page(profile, derive(profile), advice=advice)
+    if output == _STDOUT:
+        typer.echo(text, nl=False)
+        return
+    output.write_text(text, encoding="utf-8")
     tell([f"wrote {output}"])
