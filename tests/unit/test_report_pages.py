@@ -333,10 +333,13 @@ def test_neighbouring_bands_of_one_path_are_one_winner_and_no_crossover():
     plan = derive(here)
     (table,) = plan.tables
     first, *rest = table.bands
-    split = (replace(first, end_bytes=4096), replace(first, min_bytes=4096), *rest)
+    start = table.validated_from  # where extrapolation ends and measuring begins
+    split = (replace(first, end_bytes=start), replace(first, min_bytes=start), *rest)
     cut = replace(plan, tables=(replace(table, bands=split),))
     assert f"<b>{FUSED}</b> up to 406K; <b>{UNFUSED}</b> up to 4M" in html.page(here, cut)
     assert sum("crossover" in text for text in labels(written_svg(here, cut))) == 1
+    (sheet,) = plot.panels(here, cut, 470).values()
+    assert len(strip_of(sheet, FUSED, UNFUSED)) == 2
 
 
 def test_both_schemes_define_every_colour_that_the_page_uses(written):

@@ -232,11 +232,10 @@ def _strip(frame: Frame, table: Table) -> Iterator[Item]:
 def _measured_bands(table: Table) -> Iterator[tuple[Band, int, int]]:
     """Every band that reaches into what was measured, with the part that does."""
     for band in table.bands:
-        first = max(band.min_bytes, table.validated_from)
-        end = table.validated_to if band.end_bytes is None else band.end_bytes
-        last = min(end, table.validated_to)
-        if first <= last and band.min_bytes <= table.validated_to:
-            yield band, first, last
+        end = table.validated_to + 1 if band.end_bytes is None else band.end_bytes
+        if end > table.validated_from and band.min_bytes <= table.validated_to:
+            first = max(band.min_bytes, table.validated_from)
+            yield band, first, min(end, table.validated_to)
 
 
 def _changes(upper: Frame, lower: Frame, table: Table, column: Points) -> Iterator[Item]:
