@@ -60,7 +60,10 @@ def list_all(
     name: Annotated[str | None, typer.Argument(help="Its earlier versions, by date.")] = None,
     fmt: FormatOption = "table",
 ) -> None:
-    """Every profile: the user's, the site's, the packaged; or the earlier versions of one."""
+    """Every profile there is, or the earlier versions of one.
+
+    Of the user, of the site, and those that come with the package.
+    """
     if name is not None:
         rows = [{"date": file.stem, **_content(file)} for file in shelf.kept(name).earlier()]
         notes = () if rows else ("Nothing of it was replaced yet.",)
@@ -102,7 +105,7 @@ def compare(
     tp: TpOption = None,
     fmt: FormatOption = "table",
 ) -> None:
-    """Where two nodes, or two dates of one, differ beyond noise: decisions first, then times.
+    """Where two nodes, or two dates of one, differ beyond noise.
 
     Example, what changed since this node was last measured: fusewise profile compare @
     """
@@ -121,9 +124,10 @@ def merge(
     dtype: DTypeOption = "bf16",
     tp: TpOption = None,
 ) -> None:
-    """Makes one profile of two of one node, and keeps it as that node's.
+    """Makes one profile of two of one node.
 
-    A shape that both measured is the newer one's alone. What was kept before goes to the history.
+    It is kept as that node's, and what was kept before goes to the history. A shape that both
+    measured is the newer one's alone.
     """
     pair = [_named(name, dtype, tp) for name in (first, second)]
     older, newer = sorted(pair, key=lambda profile: profile.provenance.created)
@@ -142,7 +146,10 @@ def restore(
     dtype: DTypeOption = "bf16",
     tp: TpOption = None,
 ) -> None:
-    """Puts an earlier profile back, by default this node's; the present one goes to the history."""
+    """Puts an earlier profile back.
+
+    By default this node's; the present one goes to the history.
+    """
     called, at, date = name.rpartition("@")
     if not at:
         called, date = date, ""
@@ -165,9 +172,10 @@ def export(
     dtype: DTypeOption = "bf16",
     tp: TpOption = None,
 ) -> None:
-    """Hands a profile on, as its file: to stdout, or under its own name into a folder.
+    """Hands a profile on, as its file.
 
-    All users may read it there; a site keeps its profiles in FUSEWISE_SITE_DIR.
+    To stdout, or under its own name into a folder, where all users may read it: a site keeps its
+    profiles in FUSEWISE_SITE_DIR.
     """
     profile = _named(name, dtype, tp)
     if into is None:

@@ -72,8 +72,12 @@ def _decisions(found: Comparison, op: Op) -> Section:
 def _times(found: Comparison, op: Op, every: bool) -> Section:
     changes = [change for change in found.changes if change.op == op]
     rows = [_time(c) for c in changes if every or c.verdict in ("faster", "slower")]
-    notes = () if rows else (f"None of {len(changes)} differs beyond noise; --all shows them.",)
-    return Section(f"times_{op}", _TIMES, rows, f"Times: {op}", notes)
+    notes = (
+        []
+        if rows
+        else [f"None of {len(changes)} is known to differ beyond noise; --all shows all."]
+    )
+    return Section(f"times_{op}", _TIMES, rows, f"Times: {op}", tuple(notes))
 
 
 def _fields(first: Profile, second: Profile) -> list[dict[str, Any]]:
