@@ -17,7 +17,6 @@ from fusewise.errors import FusewiseError, InputError, ProfileError, Unavailable
 from fusewise.node import Fingerprint, gpu_count, probe
 from fusewise.profiles import store
 from fusewise.ranks.place import default_ranks
-from fusewise.report.drawing import check_matplotlib
 from fusewise.report.table import Format, Section, render_sections
 from fusewise.shape import DType, parse_dtype
 
@@ -193,6 +192,8 @@ def check_picture(file: Path | None) -> None:
             "cannot draw there", expected=".svg or .png in a directory that exists", got=str(file)
         )
     if file.suffix.lower() == ".png":
+        from fusewise.report.drawing import check_matplotlib
+
         check_matplotlib("a .png")
 
 

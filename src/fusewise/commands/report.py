@@ -10,8 +10,6 @@ import typer
 from fusewise.commands.options import bordered, resolve_or_fail, tell
 from fusewise.commands.question import Question, asks
 from fusewise.profiles.plan import derive
-from fusewise.report.advice import of_all_engines, of_engine
-from fusewise.report.html import page
 
 _STDOUT = Path("-")
 
@@ -31,6 +29,9 @@ def report(
 
     Example: fusewise report --profile nvidia-h200-tp8 --engine vllm --version 0.22
     """
+    from fusewise.report.advice import of_all_engines, of_engine  # what draws is read when needed
+    from fusewise.report.html import page
+
     found = resolve_or_fail(question.profile, question.dtype, question.tp, question.strict)
     assert found.profile is not None
     profile = found.profile
