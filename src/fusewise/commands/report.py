@@ -22,9 +22,9 @@ def report(
         Path, typer.Option("--output", "-o", help="The page's file; - is stdout.")
     ] = Path("fusewise.html"),
 ) -> None:
-    """One self-contained page of a profile: what to do next, the picture, every table.
+    """One page of a profile: what to do next, pictures, every table.
 
-    It needs nothing from elsewhere, follows the reader's light or dark scheme, and names the cap
+    The page needs nothing from elsewhere, follows the light or dark scheme, and names the cap
     of every known engine. --engine, or any option that only an engine answers, asks about one.
 
     Example: fusewise report --profile nvidia-h200-tp8 --engine vllm --version 0.22
