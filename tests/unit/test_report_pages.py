@@ -11,6 +11,7 @@ from xml.etree import ElementTree
 import pytest
 
 from fusewise.decode import picture as decode_picture
+from fusewise.engines.cap import ExplicitCap
 from fusewise.errors import InputError, UnavailableError
 from fusewise.node import Fingerprint
 from fusewise.profiles import store
@@ -367,6 +368,23 @@ def test_the_page_says_what_to_do_about_an_engine():
     links = [value for name, value in Page(text).attributes if name == "href"]
     assert "https://github.com/vllm-project/vllm/issues/44079" in links
     assert [link for link in links if link.startswith(html.REPOSITORY)]
+
+
+def test_a_cap_somebody_set_is_shown_even_where_it_cures_nothing():
+    seed = store.load("nvidia-h200-tp8")
+    vllm = advice.engine_named("vllm")
+    settings = vllm.settings("0.22", seed.fingerprint, seed.dtype, {}, {})
+    told = advice.of_engine("vllm", seed, settings, "flag", ExplicitCap(2**20, "flag"))
+    words = " ".join(Page(html.page(seed, derive(seed), advice=[told])).words)
+    assert "(1048576 bytes)" in words
+    assert "256K–512K" in words
+
+
+def test_without_advice_the_page_gives_that_of_every_engine():
+    old = store.load("nvidia-h200-tp2")
+    text = html.page(old, derive(old))
+    assert text.count("<section class=card>") == len(advice.names())
+    assert "(8388608 bytes)" in text
 
 
 def test_an_engine_that_cannot_run_there_is_said_and_cpu_ranks_have_none(written):

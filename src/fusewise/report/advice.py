@@ -43,10 +43,15 @@ class Advice:
                 "call by that. Set the cap:"
             )
         if self.lowered:
-            return f"Its own table fuses up to {own}, which is too far here. Set the cap:"
+            return f"Its own table fuses up to {own}. The cap for this node:"
         if all(row.delta_us is None for row in self.audit.rows):
             return f"Fuses up to {own}; what it would run instead was not measured here."
         return f"Fuses up to {own}; no measured size there loses. Nothing to change."
+
+    @property
+    def cures(self) -> bool:
+        """Whether there is something to paste."""
+        return self.audit is not None and (self.lowered or bool(self.audit.bands))
 
 
 def losing(band: LosingBand) -> str:
@@ -76,8 +81,8 @@ def of_engine(
 
 
 def of_all_engines(profile: Profile, level: Level = "argument") -> list[Advice]:
-    """Every known engine with its defaults on that node; none for CPU ranks."""
-    if profile.fingerprint.device_type == "cpu":
+    """Every known engine with its defaults on that node; none where it has no known GPUs."""
+    if profile.fingerprint.sm is None:
         return []
     return list(_each(profile, level))
 

@@ -17,7 +17,7 @@ from fusewise.profiles.intervals import CONFIDENCE
 from fusewise.profiles.plan import MIN_GAIN
 from fusewise.profiles.schema import Profile
 from fusewise.report import colors
-from fusewise.report.advice import Advice, losing
+from fusewise.report.advice import Advice, losing, of_all_engines
 from fusewise.report.crossings import FUSABLE, crossings, rounded_size
 from fusewise.report.drawing import Area, Drawing, Item, Line, moved, rectangle, svg
 from fusewise.report.plot import caption, key, panels, paths_drawn
@@ -38,7 +38,10 @@ _PANEL = 470.0  # px; a page scales it to its column
 
 
 def page(
-    profile: Profile, plan: Plan, min_gain: float = MIN_GAIN, advice: Sequence[Advice] = ()
+    profile: Profile,
+    plan: Plan,
+    min_gain: float = MIN_GAIN,
+    advice: Sequence[Advice] | None = None,
 ) -> str:
     """The page.
 
@@ -46,7 +49,7 @@ def page(
         profile: what was measured.
         plan: ``derive(profile, min_gain)``, or what replaced it.
         min_gain: as the plan was derived.
-        advice: what to do about engines.
+        advice: what to do about engines; by default about each, with its own defaults.
 
     Raises:
         InputError: the profile has no sample of ``all_reduce_rms_norm``.
@@ -62,7 +65,7 @@ def page(
         f"<h1>{_text(caption(profile))}</h1>",
         f"<p class=lead>all_reduce → + residual → RMSNorm · {_text(lead)}</p>",
         f"<p class=summary>{_text(verdict)}</p>",
-        _next(profile, advice),
+        _next(profile, of_all_engines(profile) if advice is None else advice),
         _pictures(profile, plan),
         *(_table(section) for section in (*tables, about)),
     ]
@@ -102,7 +105,7 @@ def _next(profile: Profile, advice: Sequence[Advice]) -> str:
 def _card(advice: Advice) -> str:
     facts: list[tuple[str, str]] = []
     audit = advice.audit
-    if audit is not None and advice.lowered and audit.cap.cap_bytes is not None:
+    if audit is not None and advice.cures and audit.cap.cap_bytes is not None:
         size = audit.cap.cap_bytes
         facts = [
             ("cap", f"<span class=big>{format_size(size)}</span> ({size} bytes)"),
