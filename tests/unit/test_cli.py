@@ -6,6 +6,8 @@ import csv
 import io
 import json
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -306,9 +308,38 @@ def test_show_writes_every_form_and_its_pictures(tmp_path: Path) -> None:
     assert run("show", *SEED, "-f", "csv")[0] == text
     svg, page = tmp_path / "p.svg", tmp_path / "p.html"
     _, err = run("show", "nvidia-h200-tp8", "--plot", str(svg), "--html", str(page))
-    assert svg.read_text().startswith("<?xml")
+    assert svg.read_text().startswith("<svg")
     assert "<svg" in page.read_text()
     assert f"wrote {svg}" in err
+
+
+def test_report_writes_the_page_with_what_to_do(tmp_path: Path) -> None:
+    page = tmp_path / "p.html"
+    out, err = run("report", *SEED, "-o", str(page))
+    assert (out, err) == ("", f"fusewise: wrote {page}\n")
+    assert "What to do next" in page.read_text()
+    assert "(262144 bytes)" not in page.read_text(), "its kernels were not measured"
+    for words in (("--engine", "vllm", "--version", "0.22"), ("--version", "0.22")):
+        run("report", *SEED, *words, "-o", str(page))
+        assert "(262144 bytes)" in page.read_text()
+    run("report", *SEED, "--cap", "128K", "-o", str(page))
+    assert "(131072 bytes)" in page.read_text()
+    assert "512K" in page.read_text()
+    run("report", *SEED, "-o", "/nope/p.html", code=3)
+    run("report", *SEED, "--engine", "nobody", "-o", str(tmp_path / "q.html"), code=2)
+    assert not (tmp_path / "q.html").exists()
+
+
+def test_a_picture_without_matplotlib_asks_for_the_extra_before_anything_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fusewise.report.drawing.find_spec", lambda name: None)
+    png = str(tmp_path / "p.png")
+    for command in (("show", "nvidia-h200-tp8"), ("tune",), ("decode",)):
+        out, err = run(*command, "--plot", png, code=3)
+        assert out == "" or command[0] == "show"
+        assert "pip install 'fusewise[plot]'" in err
+    run("show", "nvidia-h200-tp8", "--plot", str(tmp_path / "p.svg"))
 
 
 @pytest.mark.parametrize(
@@ -467,6 +498,38 @@ def test_doctor_gives_every_backend_a_reason_or_none() -> None:
         assert row["available"] == (row["reason"] is None)
     assert rows["gloo"]["available"]
     assert "GPU" in rows["nccl"]["reason"]
+
+
+_ABSENT = "sys.modules['torch'] = None"
+_BROKEN = """
+class Broken(abc.MetaPathFinder):
+    def find_spec(self, name, *_):
+        if name == "torch":
+            raise ImportError("libfoo.so", name="torch._C")
+sys.meta_path.insert(0, Broken())
+"""
+
+
+@pytest.mark.parametrize("how", [_ABSENT, _BROKEN], ids=["absent", "broken"])
+def test_without_torch_the_doctor_says_so_and_the_rest_is_one_line(how: str) -> None:
+    code = (
+        f"import sys\nfrom importlib import abc\n{how}\nfrom fusewise.__main__ import main\nmain()"
+    )
+    said = "torch cannot be imported" if how is _ABSENT else "libfoo.so"
+
+    def ran(*command: str) -> subprocess.CompletedProcess[str]:
+        words = [sys.executable, "-c", code, *command]
+        return subprocess.run(words, capture_output=True, text=True, check=False)
+
+    doctor = ran("doctor", "-f", "json")
+    assert doctor.returncode == 0, doctor.stderr
+    rows = json.loads(doctor.stdout)["backends"]["rows"]
+    assert len(rows) > 8
+    assert all(said in row["reason"] and not row["available"] for row in rows)
+    tune = ran("tune", "--budget", "1", "--hidden", "64")
+    assert (tune.returncode, tune.stdout) == (3, "")
+    assert said in tune.stderr
+    assert "Traceback" not in tune.stderr
 
 
 @pytest.mark.parametrize(

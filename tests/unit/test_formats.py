@@ -17,14 +17,17 @@ from fusewise.commands.verify import _COLUMNS as VERIFY_COLUMNS
 from fusewise.decode import results
 from fusewise.node import Fingerprint
 from fusewise.profiles import store
+from fusewise.profiles.compare import compare
 from fusewise.profiles.plan import derive
 from fusewise.profiles.schema import Exclusion
 from fusewise.report.bench_table import bench, header
+from fusewise.report.comparison import comparison
 from fusewise.report.records import tables
 from fusewise.report.table import SCHEMA_VERSION, Section
 from fusewise.report.text import as_text, render_sections
 from fusewise.tune.settings import Settings
 from fusewise.tune.stack import Row
+from tests.samples import FUSED, UNFUSED, profile_of
 from tests.unit.test_decode_arms import ROWS
 
 PAGE = (Path(__file__).parents[2] / "docs" / "formats.md").read_text("utf-8")
@@ -34,6 +37,7 @@ COMMANDS = {
     "cap": "cap --version 0.22 --profile nvidia-h200-tp8",
     "vllm check": "vllm check --version 0.22 --profile nvidia-h200-tp8",
     "doctor": "doctor",
+    "profile list": "profile list",
 }
 
 
@@ -59,7 +63,14 @@ def printed(words: str, fmt: str = "json") -> str:
 
 def sections_of(command: str) -> list[Section]:
     """Those of commands that measure, from made-up measurements."""
-    if command in ("show", "tune"):
+    if command == "profile compare":
+        first = profile_of({1: {FUSED: 5.0, UNFUSED: 8.0}})
+        second = profile_of({1: {FUSED: 9.0, UNFUSED: 8.0}})
+        second = second.model_copy(
+            update={"fingerprint": second.fingerprint.model_copy(update={"torch": "9.9"})}
+        )
+        return comparison(first, second, compare(first, second), True)
+    if command in ("show", "tune", "profile show"):
         profile = store.load("nvidia-h200-tp2")
         left_out = (Exclusion(backend="multimem", reason="no multicast"),)
         profile = profile.model_copy(update={"excluded": left_out})

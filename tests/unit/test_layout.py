@@ -110,6 +110,9 @@ def test_the_torch_free_rooms_import_no_torch() -> None:
         "explain 256K --profile nvidia-h200-tp8",
         "audit --engine vllm --version 0.33 --profile nvidia-h200-tp8",
         "cap --engine vllm --profile nvidia-h200-tp8",
+        "profile list",
+        "profile compare tp2 tp8",
+        "report --profile nvidia-h200-tp8 --output -",
     ],
 )
 def test_reading_commands_never_import_torch_or_numpy(command: str) -> None:

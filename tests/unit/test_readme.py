@@ -16,6 +16,9 @@ import pytest
 from typer.testing import CliRunner
 
 from fusewise.commands.app import app
+from fusewise.profiles import store
+from fusewise.profiles.plan import derive
+from fusewise.report import plot
 from tests import transcripts
 from tests.example_runs import run_example
 
@@ -60,6 +63,13 @@ def test_an_excerpt_marks_what_it_leaves_out() -> None:
     assert transcripts.excerpt(text, {"A": 2, "C": 1}) == "A\n1\n...\nC\n"
     assert transcripts.excerpt(text, {"A": 3, "B": 2}) == "A\n1\n2\n\nB\n3\n...\n"
     assert transcripts.excerpt(text, {"B": 2}) == "...\nB\n3\n...\n"
+
+
+def test_the_picture_is_the_one_that_the_packaged_profile_gives(tmp_path: Path) -> None:
+    profile = store.load("nvidia-h200-tp2")
+    plot.save(profile, derive(profile), tmp_path / "again.svg")
+    shown = ROOT / "docs" / "images" / "h200-tp2.svg"
+    assert (tmp_path / "again.svg").read_text("utf-8") == shown.read_text("utf-8")
 
 
 @pytest.mark.parametrize("document", sorted(ROOT.glob("*.md")) + sorted(ROOT.glob("docs/*.md")))

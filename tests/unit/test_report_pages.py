@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import re
+import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 from xml.etree import ElementTree
 
 import pytest
 
-from fusewise.errors import InputError
+from fusewise.decode import picture as decode_picture
+from fusewise.engines.cap import ExplicitCap
+from fusewise.errors import InputError, UnavailableError
 from fusewise.node import Fingerprint
+from fusewise.profiles import store
 from fusewise.profiles.plan import derive
 from fusewise.profiles.schema import Exclusion, PathRecord, Profile, Provenance, Sample
-from fusewise.report import html, plot
-from fusewise.report.panel import STYLES, ratio_top
+from fusewise.report import advice, colors, drawing, html, plot
+from fusewise.report.drawing import Area, Line, Words
+from fusewise.report.panel import _below
+from fusewise.report.scales import ratio_top
 
 FUSED, UNFUSED = "flashinfer.one_shot", "nccl + rms_norm"
 SVG = "{http://www.w3.org/2000/svg}"
@@ -44,6 +51,10 @@ def profile(hidden_sizes=(2048,), device="NVIDIA H200", tokens=(16, 64, 256, 102
     return Profile(**(fields | changes))
 
 
+def written_svg(here, plan=None):
+    return drawing.svg(plot.picture(here, plan or derive(here)), colors.literal, "a title", "paper")
+
+
 def labels(svg):
     root = ElementTree.fromstring(svg)
     return ["".join(node.itertext()).strip() for node in root.iter(f"{SVG}text")]
@@ -52,7 +63,7 @@ def labels(svg):
 @pytest.fixture(scope="module")
 def drawn():
     here = profile((2048, 4096))
-    return here, plot.picture(here, derive(here), "svg")
+    return here, written_svg(here)
 
 
 def test_the_picture_names_paths_panels_axes_and_the_crossover(drawn):
@@ -72,32 +83,105 @@ def test_equal_profiles_give_equal_bytes_whatever_the_users_matplotlibrc(drawn):
 
     here, svg = drawn
     again = Profile.model_validate(here.model_dump())
+    assert written_svg(again) == svg
+    sheet = plot.picture(here, derive(here))
+    first = drawing.png(sheet, colors.literal, "paper")
     with mpl.rc_context({"font.size": 30, "lines.linewidth": 9, "axes.grid": False}):
-        assert plot.picture(again, derive(again), "svg") == svg
+        assert drawing.png(sheet, colors.literal, "paper") == first
         assert mpl.rcParams["font.size"] == 30
-    assert b"dc:date" not in svg
-    assert b"Matplotlib v" not in svg
+    assert b"Matplotlib" not in first
 
 
 def test_the_strip_shows_the_plan_it_was_given_not_one_of_its_own(drawn):
     here, svg = drawn
-    never = plot.picture(here, derive(here, min_gain=5.0), "svg")
+    never = written_svg(here, derive(here, min_gain=5.0))
     assert not [text for text in labels(never) if "crossover" in text]
     assert never != svg
 
 
-def test_where_measuring_starts_is_no_crossover():
-    """Below the smallest size the same path runs, and only claims less."""
-    here = profile(tokens=(64, 256))
-    assert derive(here).tables[0].bands[0].origin == "extrapolated"
-    svg = plot.picture(here, derive(here), "svg")
-    assert sum("crossover" in text for text in labels(svg)) == 1
+def strip_of(sheet, *names):
+    """The pieces of the strip, left to right, as (name of the colour, left, right)."""
+    wanted = {colors.color_of(name) for name in names}
+    boxes = [
+        (item.color, item.points[0][0], item.points[1][0])
+        for item in sheet.items
+        if isinstance(item, Area) and item.opacity == 1 and item.color in wanted
+        and len(item.points) == 4 and item.points[2][1] - item.points[0][1] == 18
+    ]  # fmt: skip
+    return sorted(boxes, key=lambda box: box[1])
+
+
+def test_the_strip_is_painted_over_measured_sizes_only():
+    both = profile((2048, 4096))
+    tokens = {2048: (16, 64, 256, 1024), 4096: (64, 256)}
+    kept = tuple(s for s in both.samples if s.num_tokens in tokens[s.hidden_size])
+    here = profile(samples=kept)
+    sheets = plot.panels(here, derive(here), 470)
+    strips = {hidden: strip_of(sheet, FUSED, UNFUSED) for hidden, sheet in sheets.items()}
+    marks = {
+        hidden: sorted(
+            sum(x for x, _ in item.points) / len(item.points)
+            for item in sheet.items if isinstance(item, Area) and item.opacity == 1
+            and len(item.points) in (12, 3)
+        )
+        for hidden, sheet in sheets.items()
+    }  # fmt: skip
+    for hidden, strip in strips.items():
+        assert [color for color, _, _ in strip] == [
+            colors.color_of(FUSED),
+            colors.color_of(UNFUSED),
+        ]
+        assert strip[0][1] == pytest.approx(marks[hidden][0], abs=0.01)
+        assert strip[-1][2] == pytest.approx(marks[hidden][-1], abs=0.5)
+        assert strip[0][2] == pytest.approx(strip[1][1], abs=0.01)
+    # Both panels have one scale: 16 tokens of 2048 are a quarter of 64 tokens of 4096 and more.
+    assert strips[4096][0][1] > strips[2048][0][1]
+    assert strips[4096][-1][2] < strips[2048][-1][2]
+
+
+def test_every_band_of_the_strip_is_named_inside_or_above_it():
+    seed = store.load("nvidia-h200-tp8")
+    (sheet,) = plot.panels(seed, derive(seed), 470).values()
+    said = [item.text for item in sheet.items if isinstance(item, Words)]
+    for name in ("flashinfer.one_shot", "multimem + rms_norm"):
+        assert name in said
+
+
+def test_lines_stop_at_the_edge_and_nothing_leaves_the_sheet():
+    assert _below([(0, 5), (10, 15)], 10) == [[(5.0, 10), (10, 15)]]
+    assert _below([(0, 15), (10, 5), (20, 15)], 10) == [
+        [(0, 15), (5.0, 10)],
+        [(15.0, 10), (20, 15)],
+    ]
+    assert _below([(0, 5), (10, 5)], 10) == []
+    here = store.load("nvidia-h200-tp2")  # paths ten times as slow as the best are in it
+    sheet = plot.picture(here, derive(here))
+    for item in sheet.items:
+        for x, y in [item.at] if isinstance(item, Words) else item.points:
+            assert 0 <= x <= sheet.width
+            assert 0 <= y <= sheet.height
+    lines = [i for i in sheet.items if isinstance(i, Line) and i.width == 1.4]
+    assert len({point for line in lines for point in line.points}) > 50
+
+
+def test_wild_intervals_and_a_slow_path_that_runs_stay_in_their_part():
+    wild = [
+        Sample(path=path, num_tokens=t, hidden_size=2048, times_us=times)
+        for t in (16, 64)
+        for path, times in ((FUSED, (0.1, 5.0, 500.0)), (UNFUSED, (40.0, 50.0, 90.0)))
+    ]
+    here = profile(samples=tuple(wild))
+    (sheet,) = plot.panels(here, derive(here, min_gain=50.0), 470).values()
+    drawn = [item for item in sheet.items if not isinstance(item, Words) and item.color != "soft"]
+    for item in drawn:
+        for _, y in item.points:
+            assert 38 - 4 <= y <= 238 or 268 <= y <= 286 or 308 - 4 <= y <= 400 + 4
 
 
 def test_files_by_suffix(tmp_path):
     here = profile(tokens=(64, 256))
     plan = derive(here)
-    for name, start in (("a.svg", b"<?xml"), ("b.PNG", b"\x89PNG")):
+    for name, start in (("a.svg", b"<svg"), ("b.PNG", b"\x89PNG")):
         plot.save(here, plan, tmp_path / name)
         assert (tmp_path / name).read_bytes().startswith(start)
     with pytest.raises(InputError, match=r"expected \.svg or \.png"):
@@ -105,19 +189,31 @@ def test_files_by_suffix(tmp_path):
     assert not (tmp_path / "d.pdf").exists()
 
 
+def test_without_matplotlib_a_png_names_the_extra_and_an_svg_needs_none(tmp_path, monkeypatch):
+    monkeypatch.setattr(drawing, "find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    here = profile(tokens=(64, 256))
+    plot.save(here, derive(here), tmp_path / "a.svg")
+    assert html.page(here, derive(here))
+    with pytest.raises(UnavailableError, match=r"pip install 'fusewise\[plot\]'"):
+        plot.save(here, derive(here), tmp_path / "a.png")
+    assert not (tmp_path / "a.png").exists()
+
+
 def test_one_size_and_one_path_still_make_a_picture():
     only = Sample(path=UNFUSED, num_tokens=64, hidden_size=2048, times_us=(8.0,))
     here = profile(samples=(only,))
-    assert "256K" in labels(plot.picture(here, derive(here), "svg"))
+    assert "256K" in labels(written_svg(here))
 
 
 def test_four_hidden_sizes_wrap_into_two_rows():
     here = profile((1024, 2048, 4096, 8192), tokens=(64, 256))
-    figure = plot.figure(here, derive(here))
-    assert len(figure.axes) == 8
-    width, height = figure.get_size_inches()
-    assert width < 12
-    assert height > 9
+    three, four = (
+        plot.picture(profile((1024, 2048, 4096), tokens=(64, 256)), derive(here)),
+        (plot.picture(here, derive(here))),
+    )
+    assert four.width == three.width
+    assert four.height > 1.7 * three.height
 
 
 @pytest.mark.parametrize(
@@ -139,14 +235,42 @@ def test_nothing_to_draw_is_refused():
     bare = Sample(op="all_reduce", path="nccl", num_tokens=64, hidden_size=2048, times_us=(8.0,))
     here = profile(samples=(bare,))
     with pytest.raises(InputError, match="nothing to draw"):
-        plot.picture(here, derive(here), "svg")
+        plot.picture(here, derive(here))
 
 
 def test_no_two_backends_of_one_node_look_alike():
     cpu = {"shm.one_shot", "gloo"}
-    for group in (cpu, set(STYLES) - cpu):
-        looks = [STYLES[name] for name in group]
-        assert len(set(looks)) == len(looks)
+    for group in (cpu, set(colors.STYLES) - cpu):
+        for ground in (0, 1):
+            looks = [(colors.STYLES[name][ground], colors.STYLES[name][2]) for name in group]
+            assert len(set(looks)) == len(looks)
+
+
+def contrast(one, other):
+    """WCAG 2's contrast ratio of two colours."""
+
+    def luminance(color):
+        parts = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        linear = [p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    high, low = sorted((luminance(one), luminance(other)), reverse=True)
+    return (high + 0.05) / (low + 0.05)
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_words_can_be_read_on_either_ground(dark):
+    for words in ("ink", "soft", "accent", "good", "bad"):
+        for ground in ("paper", "raised"):
+            assert contrast(colors.literal(words, dark), colors.literal(ground, dark)) > 4.5
+    assert contrast(colors.literal("ink", dark), colors.literal("good-ground", dark)) > 4.5
+    for name in colors.names():
+        if name.startswith("path-"):
+            on = colors.literal(colors.on(name), dark)
+            assert contrast(colors.literal(name, dark), on) > 4.5, name
+            assert (
+                not dark or contrast(colors.literal(name, dark), colors.literal("paper", dark)) > 4
+            )
 
 
 class Page(HTMLParser):
@@ -184,15 +308,97 @@ def written():
 
 def test_the_page_stands_alone_and_holds_every_part(written):
     page = Page(written)
-    assert page.tags.count("svg") == 1
+    assert page.tags.count("figure") == 1
     assert page.tags.count("table") == 6
-    for word in ("Decision: all_reduce_rms_norm", "Not measured", "no multicast here", "world_size",
-                 "engine default", "crossover 406K"):  # fmt: skip
+    for word in ("What to do next", "Decision: all_reduce_rms_norm", "Not measured",
+                 "no multicast here",
+                 "world_size", "engine default", "crossover 406K"):  # fmt: skip
         assert word in page.words
     assert not {"script", "link", "img", "iframe", "image"} & set(page.tags)
-    links = [value for name, value in page.attributes if name in ("src", "href", "xlink:href")]
-    assert all(value.startswith("#") for value in links)
-    assert "metadata" not in page.tags
+    loaded = [value for name, value in page.attributes if name in ("src", "xlink:href", "data")]
+    assert loaded == []
+    assert "url(" not in written
+    assert "@import" not in written
+
+
+def test_every_mark_and_every_path_is_in_the_legend(written):
+    legend = written[written.index('<ul class="legend">') : written.index('<h2 id="bands">')]
+    assert legend.count("<svg") == legend.count("<li>") == 2 + 9
+    for word in (FUSED, UNFUSED, "solid", "dashed", "broad shade", "interval", "bar", "crossover",
+                 "grey column", "chosen there"):  # fmt: skip
+        assert word in legend
+    assert f"<b>{FUSED}</b> up to 406K; <b>{UNFUSED}</b> up to 4M" in written
+
+
+def test_neighbouring_bands_of_one_path_are_one_winner_and_no_crossover():
+    here = profile()
+    plan = derive(here)
+    (table,) = plan.tables
+    first, *rest = [band for band in table.bands if band.end_bytes != table.validated_from]
+    start = table.validated_from  # below it nobody measured
+    split = (replace(first, min_bytes=0, end_bytes=start), replace(first, min_bytes=start), *rest)
+    cut = replace(plan, tables=(replace(table, bands=split),))
+    assert f"<b>{FUSED}</b> up to 406K; <b>{UNFUSED}</b> up to 4M" in html.page(here, cut)
+    assert sum("crossover" in text for text in labels(written_svg(here, cut))) == 1
+    (sheet,) = plot.panels(here, cut, 470).values()
+    assert len(strip_of(sheet, FUSED, UNFUSED)) == 2
+
+
+def test_both_schemes_define_every_colour_that_the_page_uses(written):
+    used = set(re.findall(r"var\(--([\w-]+)\)", written))
+    assert used >= {"ink", "paper", "path-nccl", "path-flashinfer-one_shot"}
+    light, dark = re.findall(r":root \{ (?:color-scheme: light dark; )?(.*?)\}", written)
+    for shades in (light, dark):
+        assert used <= set(re.findall(r"--([\w-]+):", shades))
+    assert light != dark
+
+
+def test_the_page_says_what_to_do_about_an_engine():
+    seed = store.load("nvidia-h200-tp8")
+    vllm = advice.engine_named("vllm")
+    for version, lowered in (("0.22", True), ("0.33", False)):
+        settings = vllm.settings(version, seed.fingerprint, seed.dtype, {}, {})
+        told = advice.of_engine("vllm", seed, settings, "flag")
+        text = html.page(seed, derive(seed), advice=[told])
+        words = " ".join(Page(text).words)
+        assert f"vllm {version}" in words
+        assert ("(262144 bytes)" in words) == lowered
+        assert ('{"pass_config": {"fi_allreduce_fusion_max_size_mb": 0.25}}' in words) == lowered
+        assert ("256K–512K at hidden 2048: up to 4.30 µs per call" in words) == lowered
+        assert ("was not measured here" in words) != lowered
+    links = [value for name, value in Page(text).attributes if name == "href"]
+    assert "https://github.com/vllm-project/vllm/issues/44079" in links
+    assert [link for link in links if link.startswith(html.REPOSITORY)]
+
+
+def test_a_cap_somebody_set_is_shown_even_where_it_cures_nothing():
+    seed = store.load("nvidia-h200-tp8")
+    vllm = advice.engine_named("vllm")
+    settings = vllm.settings("0.22", seed.fingerprint, seed.dtype, {}, {})
+    told = advice.of_engine("vllm", seed, settings, "flag", ExplicitCap(2**20, "flag"))
+    words = " ".join(Page(html.page(seed, derive(seed), advice=[told])).words)
+    assert "(1048576 bytes)" in words
+    assert "256K–512K" in words
+
+
+def test_without_advice_the_page_gives_that_of_every_engine():
+    old = store.load("nvidia-h200-tp2")
+    text = html.page(old, derive(old))
+    assert text.count("<section class=card>") == len(advice.names())
+    assert "(8388608 bytes)" in text
+
+
+def test_an_engine_that_cannot_run_there_is_said_and_cpu_ranks_have_none(written):
+    old = store.load("nvidia-h200-tp2")
+    mark = old.fingerprint.model_copy(update={"sm": 70})
+    told = advice.of_all_engines(old.model_copy(update={"fingerprint": mark}))
+    assert all(one.headline for one in told)
+    assert not any(one.lowered for one in told)
+    cpu = profile().fingerprint.model_copy(update={"device_type": "cpu", "sm": None})
+    here = profile(fingerprint=cpu)
+    assert advice.of_all_engines(here) == []
+    assert "These are CPU ranks" in html.page(here, derive(here))
+    assert "These are CPU ranks" not in written
 
 
 def test_the_page_escapes_what_a_profile_says():
@@ -209,8 +415,30 @@ def test_the_page_escapes_what_a_profile_says():
 def test_the_decision_comes_first_and_the_chosen_cell_is_marked(written):
     heads = re.findall(r'<h2 id="([\w-]+)">', written)
     assert len(set(heads)) == len(heads)
-    assert heads[:2] == ["decision-all-reduce-rms-norm", "crossovers-all-reduce-rms-norm"]
-    assert heads[-1] == "node-and-provenance"
+    assert heads[:4] == ["next", "times", "bands", "crossovers"]
+    assert heads[-1] == "profile"
     assert written.count('class="right chosen"') == 4
     assert '<td class="right chosen">*5.00</td>' in written
     assert '<td class="do-not-fuse">do not fuse</td>' in written
+
+
+def test_the_picture_of_a_decode_run_names_every_arm_and_stays_on_its_sheet(tmp_path):
+    rows = [
+        {"phase": phase, "arm": arm, "tokens": tokens, "path": "p", "graph": "g",
+         "tokens_per_run": 8, "message_bytes": 4096 * tokens,
+         "times_s": [base, base * 1.05, base * 0.95]}
+        for phase in ("decode", "prefill") for tokens in (1, 8, 64)
+        for arm, base in (("unfused", 1.0), ("engine_cap", 0.9), ("measured", 0.7))
+    ]  # fmt: skip
+    sheet = decode_picture.picture(rows, "a run")
+    svg = drawing.svg(sheet, colors.literal, "a run", "paper")
+    for text in ("unfused", "engine_cap", "measured", "decode, by batch size", "64"):
+        assert text in labels(svg)
+    for item in sheet.items:
+        for x, y in [item.at] if isinstance(item, Words) else item.points:
+            assert 0 <= x <= sheet.width
+            assert 0 <= y <= sheet.height
+    dots = {item.color for item in sheet.items if isinstance(item, Area)}
+    assert len(dots) == 3
+    decode_picture.save(rows, "a run", tmp_path / "run.svg")
+    assert (tmp_path / "run.svg").read_text("utf-8") == svg

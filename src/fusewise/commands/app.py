@@ -10,7 +10,17 @@ from typing import Annotated
 import typer
 
 import fusewise
-from fusewise.commands import analyse, decode, doctor, engine, measure, verify, vllm
+from fusewise.commands import (
+    analyse,
+    decode,
+    doctor,
+    engine,
+    measure,
+    profile,
+    report,
+    verify,
+    vllm,
+)
 from fusewise.errors import EXIT_CODES
 
 app = typer.Typer(
@@ -48,8 +58,10 @@ app.command()(verify.verify)
 app.command()(measure.bench)
 app.command()(analyse.show)
 app.command()(analyse.explain)
+app.command()(report.report)
 app.command()(engine.audit)
 app.command()(engine.cap)
 app.command()(doctor.doctor)
 app.command()(decode.decode)
+app.add_typer(profile.app, name="profile")
 app.add_typer(vllm.app, name="vllm")

@@ -71,6 +71,12 @@ def _node(node: Fingerprint) -> Section:
 def _backends(node: Fingerprint) -> list[dict[str, Any]]:
     from fusewise.backends.registry import all_ids, backend_class
 
+    try:
+        import torch  # noqa: F401  every backend's file needs it
+    except (ImportError, OSError) as error:
+        why = f"torch cannot be imported ({error}). Run `pip install torch`."
+        ill = {"provider": None, "available": False, "reason": why}
+        return [{"backend": backend_id, **ill} for backend_id in all_ids()]
     rows = []
     for backend_id in all_ids():
         kind = backend_class(backend_id)

@@ -59,7 +59,7 @@ WithoutOption = Annotated[
 
 
 def bordered(command: Command) -> Command:
-    """Turns our errors into one line on stderr and an exit code; nothing else is caught."""
+    """Turns our errors and torch's absence into one line on stderr and an exit code."""
 
     @functools.wraps(command)
     def run(*args: Any, **kwargs: Any) -> Any:
@@ -71,6 +71,12 @@ def bordered(command: Command) -> Command:
         except KeyboardInterrupt:
             typer.echo("fusewise: interrupted; nothing was written", err=True)
             raise typer.Exit(INTERRUPTED) from None
+        except ImportError as error:
+            if not (error.name or "").startswith("torch"):
+                raise
+            hint = "Run `pip install torch`; `fusewise doctor` says what else is missing."
+            typer.echo(f"fusewise: error: torch cannot be imported ({error}). {hint}", err=True)
+            raise typer.Exit(UnavailableError.exit_code) from None
         except BrokenPipeError:
             # The reader went away (`| head`): what is still buffered must not raise at exit.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -184,7 +190,7 @@ def tell(notes: Sequence[str]) -> None:
 
 
 def write_picture(profile: Any, plan: Any, file: Path) -> None:
-    """The profile's picture; matplotlib is imported only here."""
+    """The profile's picture."""
     from fusewise.report.plot import save
 
     save(profile, plan, file)
@@ -217,8 +223,16 @@ def check_output(file: Path | None, suffixes: Sequence[str] = ()) -> None:
 
 
 def check_picture(file: Path | None) -> None:
-    """Whether a picture can be written there; see ``check_output``."""
+    """Whether a picture can be written there; see ``check_output``.
+
+    Raises:
+        UnavailableError: a .png without matplotlib.
+    """
     check_output(file, (".svg", ".png"))
+    if file is not None and file.suffix.lower() == ".png":
+        from fusewise.report.drawing import check_matplotlib
+
+        check_matplotlib("a .png")
 
 
 def dtypes(text: str) -> tuple[DType, ...]:

@@ -9,12 +9,15 @@ infinitely many resamples would give, and the same profile always yields the sam
 
 from __future__ import annotations
 
+import bisect
 import functools
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 CONFIDENCE = 0.95
+_NEGLIGIBLE = 1e-9  # of all probability: a thousand such values move no interval
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,36 @@ def median_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> 
 def paired_interval(slower: Sequence[float], faster: Sequence[float]) -> Interval:
     """The interval of ``slower[i] - faster[i]``: pairs come from the same interleaved round."""
     return median_interval([a - b for a, b in zip(slower, faster, strict=True)])
+
+
+def ratio_interval(
+    before: Sequence[float], after: Sequence[float], confidence: float = CONFIDENCE
+) -> Interval:
+    """The exact bootstrap interval of median(after) / median(before), for two separate runs.
+
+    Rounds of two runs are not paired: each median has its own bootstrap distribution, and the
+    ratio's is that of their product space. Values are above zero.
+    """
+    ratios = sorted(
+        (theirs / ours, p * q) for ours, p in _bootstrap(before) for theirs, q in _bootstrap(after)
+    )
+    reached = list(itertools.accumulate(p for _, p in ratios))
+    tail = (1 - confidence) / 2 * reached[-1]
+    low = bisect.bisect_right(reached, tail)
+    high = bisect.bisect_left(reached, reached[-1] - tail - 1e-12)
+    return Interval(median(after) / median(before), ratios[low][0], ratios[high][0])
+
+
+def _bootstrap(values: Sequence[float]) -> list[tuple[float, float]]:
+    """The values that a resample's median takes, with their probabilities; tiny ones left out."""
+    pairs = zip(sorted(values), _weights(len(values)), strict=True)
+    return [(value, p) for value, p in pairs if p > _NEGLIGIBLE]
+
+
+@functools.lru_cache(maxsize=64)
+def _weights(count: int) -> list[float]:
+    at_most = [_median_at_most(count, k) for k in range(count + 1)]
+    return [high - low for low, high in itertools.pairwise(at_most)]
 
 
 @functools.lru_cache(maxsize=64)

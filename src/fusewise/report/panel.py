@@ -1,184 +1,270 @@
-"""One panel of the picture: its scales, lines, strip of decisions and marks of change.
+"""One panel of the picture: every path's lines, the strip of decisions, the marks of change.
 
-Draws on axes it is given; ``plot.py`` makes the figure and the file. Decides nothing: what runs
-where comes from the plan.
+Upper part: median time of every path over message size, with its interval. Lower part: the same
+divided by the fastest path's time, where a lead of a few percent can be seen. The strip between
+them shows which path the plan runs, over the sizes that were measured and no others. Decides
+nothing: what runs where comes from the plan.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TypeVar
 
-from fusewise.operation import all_reduce_of, is_unfused
-from fusewise.profiles.bands import Table
-from fusewise.profiles.intervals import Interval, median, median_interval
-from fusewise.profiles.schema import Sample
+from fusewise.operation import all_reduce_of, is_unfused, variant_of
+from fusewise.profiles.bands import Band, Table
+from fusewise.profiles.intervals import Interval
+from fusewise.report.colors import color_of, marker, on
 from fusewise.report.crossings import rounded_size
-from fusewise.shape import Shape, format_size
+from fusewise.report.drawing import Area, Item, Line, Place, Words, rectangle, width_of
+from fusewise.report.scales import Axis, Points, Scales
+from fusewise.shape import format_size
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
+T = TypeVar("T")
 
-# Paul Tol's "muted" scheme, made for colour-blind readers (personal.sron.nl/~pault), and a grey.
-# A backend keeps its colour and marker in every picture; fused paths are solid, unfused dashed.
-STYLES: Mapping[str, tuple[str, str]] = {
-    "native.one_shot": ("#332288", "o"),
-    "native.two_shot": ("#88CCEE", "s"),
-    "shm.one_shot": ("#332288", "o"),
-    "flashinfer.one_shot": ("#CC6677", "o"),
-    "flashinfer.two_shot": ("#DDCC77", "s"),
-    "flashinfer.mnnvl": ("#661100", "D"),
-    "symm_mem.one_shot": ("#999933", "o"),
-    "symm_mem.two_shot": ("#117733", "s"),
-    "multimem": ("#AA4499", "D"),
-    "custom": ("#44AA99", "^"),
-    "nccl": ("#777777", "v"),
-    "nccl_symm": ("#882255", "P"),
-    "gloo": ("#777777", "v"),
-}
-OTHER_STYLE = ("#222222", "X")
-
-RATIO_TOP = 2.0  # a path this much slower than the best is out of the race
-CHARACTER_INCHES = 0.075  # of the strip's labels
-FOOT = 0.2  # share of the time axis kept free for the crossovers' sizes
-LABEL_SHARE = 0.13  # of the size axis, taken by one such size
-
-
-class Points:
-    """The points of one hidden size as plain lists, ascending in size."""
-
-    def __init__(self, rows: Mapping[Shape, Mapping[str, Sample]], order: Sequence[str]) -> None:
-        self.sizes = [shape.message_bytes for shape in rows]
-        self.spans = [
-            {name: median_interval(sample.times_us) for name, sample in row.items()}
-            for row in rows.values()
-        ]
-        self.best = [min(span.median for span in row.values()) for row in self.spans]
-        names = dict.fromkeys(name for row in self.spans for name in row)
-        self.names = [name for name in order if name in names]
-
-    def ratios(self) -> list[list[float]]:
-        """Every path's time over the fastest one's, ascending, size by size; the first is 1."""
-        return [
-            sorted(span.median / best for span in row.values())
-            for row, best in zip(self.spans, self.best, strict=True)
-        ]
+HEIGHT = 436.0
+_LEFT, _RIGHT = 46.0, 8.0  # room for the times' ticks; for half a tick's words
+_UPPER = (38.0, 238.0)
+_STRIP = (268.0, 286.0)
+_LOWER = (308.0, 400.0)
+_MARKER = 3.0  # half its width, px
+_SMALL = 10.0
+_OUTLINES: dict[str, tuple[Place, ...]] = {
+    "o": tuple((x, y) for x, y in (
+        (1, 0), (0.87, 0.5), (0.5, 0.87), (0, 1), (-0.5, 0.87), (-0.87, 0.5), (-1, 0),
+        (-0.87, -0.5), (-0.5, -0.87), (0, -1), (0.5, -0.87), (0.87, -0.5),
+    )),
+    "s": rectangle(-0.9, -0.9, 0.9, 0.9),
+    "D": ((0, -1.25), (1.25, 0), (0, 1.25), (-1.25, 0)),
+    "^": ((0, -1.2), (1.1, 0.9), (-1.1, 0.9)),
+    "v": ((0, 1.2), (1.1, -0.9), (-1.1, -0.9)),
+    "P": (
+        (-0.4, -1.2), (0.4, -1.2), (0.4, -0.4), (1.2, -0.4), (1.2, 0.4), (0.4, 0.4),
+        (0.4, 1.2), (-0.4, 1.2), (-0.4, 0.4), (-1.2, 0.4), (-1.2, -0.4), (-0.4, -0.4),
+    ),
+    "X": (
+        (-1.2, -0.7), (-0.7, -1.2), (0, -0.5), (0.7, -1.2), (1.2, -0.7), (0.5, 0),
+        (1.2, 0.7), (0.7, 1.2), (0, 0.5), (-0.7, 1.2), (-1.2, 0.7), (-0.5, 0),
+    ),
+}  # fmt: skip
 
 
-def scale_axes(upper: Axes, lower: Axes, columns: Sequence[Points]) -> None:
-    """Equal scales in all panels; room under the lowest line for the crossovers' sizes."""
-    from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, StrMethodFormatter
+@dataclass(frozen=True)
+class Frame:
+    """One of the two parts: its place on the sheet and its scales."""
 
-    sizes = [size for column in columns for size in column.sizes]
-    powers = range(math.floor(math.log2(min(sizes))), math.ceil(math.log2(max(sizes))) + 1)
-    ticks = [2**power for power in powers[:: math.ceil(len(powers) / 8)]]
-    for ax in (upper, lower):
-        ax.set_xscale("log", base=2)
-        ax.set_xlim(2.0 ** (powers[0] - 0.3), 2.0 ** (powers[-1] + 0.3))
-        ax.set_xticks(ticks, [format_size(tick) for tick in ticks])
-        ax.xaxis.set_minor_locator(NullLocator())
-    upper.tick_params(labelbottom=False)
-    lower.set_xlabel("message size")
-    times = [s.median for column in columns for row in column.spans for s in row.values()]
-    decades = max(math.log10(max(times) / min(times)), 0.3)
-    upper.set_yscale("log")
-    upper.set_ylim(min(times) * 10 ** (-FOOT * decades), max(times) * 10 ** (0.05 * decades))
-    locator = LogLocator(subs=(1, 2, 5)) if decades >= 1 else MaxNLocator(6)
-    upper.yaxis.set_major_locator(locator)
-    upper.yaxis.set_minor_locator(NullLocator())
-    upper.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-    top = ratio_top([column.ratios() for column in columns])
-    lower.set_ylim(1 - 0.04 * (top - 1), top)
+    left: float
+    right: float
+    top: float
+    bottom: float
+    across: Axis
+    up: Axis
+
+    def x(self, size: float) -> float:
+        """Where a message size is, px."""
+        return self.left + self.across.share(size) * (self.right - self.left)
+
+    def y(self, value: float) -> float:
+        """Where a time or ratio is, px; above ``top`` where it is too large for the part."""
+        return self.bottom - self.up.share(value) * (self.bottom - self.top)
+
+    def clamped(self, value: float) -> float:
+        """As ``y``, but never outside the part."""
+        return min(max(self.y(value), self.top), self.bottom)
 
 
-def ratio_top(ratios: Sequence[Sequence[Sequence[float]]]) -> float:
-    """At most ``RATIO_TOP``, unless the runners-up are mostly slower than that everywhere."""
-    slowest = max(row[-1] for rows in ratios for row in rows)
-    runners_up = min(median([row[min(1, len(row) - 1)] for row in rows]) for rows in ratios)
-    return min(max(RATIO_TOP, 1.2 * runners_up), max(1.1, 1 + 1.15 * (slowest - 1)))
+def panel(
+    column: Points, table: Table | None, scale: Scales, hidden_size: int, width: float
+) -> list[Item]:
+    """The panel's items, ``width`` by ``HEIGHT`` px.
 
-
-def draw_lines(upper: Axes, lower: Axes, column: Points, table: Table | None) -> None:
-    """Every path's medians with their interval; a broad shade where the plan runs the path."""
-    nan = Interval(math.nan, math.nan, math.nan)
-    chosen = [table.band_at(size).path if table else "" for size in column.sizes]
+    Args:
+        column: the points of one hidden size.
+        table: the plan's bands there; None: nothing was decided.
+        scale: of ``scales.scales``.
+        hidden_size: for the title.
+        width: px.
+    """
+    ends = _LEFT, width - _RIGHT
+    upper = Frame(*ends, *_UPPER, scale.size, scale.time_us)
+    lower = Frame(*ends, *_LOWER, scale.size, scale.ratio)
+    items: list[Item] = [Words((0, 12), f"hidden {hidden_size}", size=13, bold=True)]
+    for frame, title in ((upper, "time per call, µs"), (lower, "time ÷ fastest")):
+        items += _grid(frame, title)
+    items += _size_axis(lower)
+    if table is not None:
+        items += _changes(upper, lower, table, column)
+    runs = [table.band_at(size).path if table else "" for size in column.sizes]
     for name in column.names:
-        color, marker = _look(name)
-        dashes = "--" if is_unfused(name) else "-"
-        spans = [row.get(name, nan) for row in column.spans]
-        for ax, units in ((upper, [1.0] * len(spans)), (lower, column.best)):
-            pairs = list(zip(spans, units, strict=True))
-            medians = [span.median / unit for span, unit in pairs]
-            ax.fill_between(column.sizes, [span.low / unit for span, unit in pairs],
-                            [span.high / unit for span, unit in pairs],
-                            color=color, alpha=0.22, linewidth=0)  # fmt: skip
-            ax.plot(column.sizes, medians, dashes, color=color, linewidth=1.3, label=name,
-                    marker=marker, markersize=3.6, markeredgewidth=0)  # fmt: skip
-            runs = [m if p == name else math.nan for m, p in zip(medians, chosen, strict=True)]
-            ax.plot(column.sizes, runs, "-", color=color, linewidth=6, alpha=0.3,
-                    solid_capstyle="round")  # fmt: skip
+        ones = [1.0] * len(column.sizes)
+        items += _path(upper, column, name, ones, runs)
+        items += _path(lower, column, name, column.best, runs)
+    if table is not None:
+        items += _strip(upper, table)
+    return items
 
 
-def _look(path: str) -> tuple[str, str]:
-    return STYLES.get(all_reduce_of(path), OTHER_STYLE)
+def _grid(frame: Frame, title: str) -> Iterator[Item]:
+    yield Words((frame.left, frame.top - 7), title, "soft", _SMALL)
+    for tick in frame.up.ticks:
+        y = frame.y(tick)
+        yield Line(((frame.left, y), (frame.right, y)), "line")
+        yield Words((frame.left - 6, y + 3.5), f"{tick:.6g}", "soft", _SMALL, "end")
+    yield Line(((frame.left, frame.top), (frame.left, frame.bottom)), "soft", 0.8)
 
 
-def draw_strip(ax: Axes, table: Table, column: Points, inches: float) -> None:
-    """A bar above ``ax`` in the colours of the paths the plan runs, named where there is room."""
-    left, right = ax.get_xlim()
-    inches_per_octave = (inches - 0.9) / math.log2(right / left)
-    for band in table.bands:
-        start = max(band.min_bytes, column.sizes[0])  # nothing is claimed where none was measured
-        end = min(band.end_bytes or right, column.sizes[-1])
-        if end <= start:
+def _size_axis(frame: Frame) -> Iterator[Item]:
+    yield Line(((frame.left, frame.bottom), (frame.right, frame.bottom)), "soft", 0.8)
+    for tick in frame.across.ticks:
+        x = frame.x(tick)
+        yield Line(((x, frame.bottom), (x, frame.bottom + 3)), "soft", 0.8)
+        place = (x, frame.bottom + 15)
+        yield Words(place, format_size(int(tick)), "soft", _SMALL, "middle")
+    middle = (frame.left + frame.right) / 2
+    yield Words((middle, frame.bottom + 31), "message size", "soft", _SMALL, "middle")
+
+
+def _path(
+    frame: Frame, column: Points, name: str, units: Sequence[float], runs: Sequence[str]
+) -> Iterator[Item]:
+    """A path's medians with their interval; a broad shade where the plan runs the path."""
+    color = color_of(name)
+    for piece in _pieces([row.get(name) for row in column.spans], units):
+        places = [(frame.x(column.sizes[i]), span) for i, span in piece]
+        line = [(x, frame.y(span.median)) for x, span in places]
+        if any(span.low < span.high for _, span in places):
+            high = [(x, frame.clamped(span.high)) for x, span in places]
+            low = [(x, frame.clamped(span.low)) for x, span in places]
+            yield Area((*high, *reversed(low)), color, 0.22)
+        for part in _below(line, frame.top):
+            yield Line(tuple(part), color, 1.4, dashes(name))
+        shaded = [
+            at if runs[i] == name and at[1] >= frame.top else None
+            for (i, _), at in zip(piece, line, strict=True)
+        ]
+        for run in _unbroken(shaded):
+            yield Line(tuple(run if len(run) > 1 else run * 2), color, 7, (), 0.3)
+        yield from (dot(at, name) for at in line if at[1] >= frame.top)
+
+
+def _below(line: Sequence[Place], top: float) -> list[list[Place]]:
+    """The parts of a line under the edge ``top``, cut where it crosses it."""
+    parts: list[list[Place]] = [[]]
+    for before, after in pairwise(line):
+        (x, y), (u, v) = before, after
+        if y >= top:
+            parts[-1].append(before)
+        if (y < top) != (v < top):
+            parts[-1].append((x + (u - x) * (top - y) / (v - y), top))
+            if v < top:
+                parts.append([])
+    if line[-1][1] >= top:
+        parts[-1].append(line[-1])
+    return [part for part in parts if len(part) > 1]
+
+
+def _pieces(
+    spans: Sequence[Interval | None], units: Sequence[float]
+) -> Iterator[list[tuple[int, Interval]]]:
+    """Neighbouring sizes at which the path was measured, in the given units."""
+    known = [
+        None if s is None else (i, Interval(s.median / unit, s.low / unit, s.high / unit))
+        for i, (s, unit) in enumerate(zip(spans, units, strict=True))
+    ]
+    yield from _unbroken(known)
+
+
+def _unbroken(values: Sequence[T | None]) -> Iterator[list[T]]:
+    run: list[T] = []
+    for value in values:
+        if value is not None:
+            run.append(value)
+        elif run:
+            yield run
+            run = []
+    if run:
+        yield run
+
+
+def dashes(path: str) -> tuple[float, ...]:
+    """Fused paths are solid, unfused dashed, variants of a kernel dotted."""
+    if is_unfused(path):
+        return (5, 3)
+    return (1.5, 3) if variant_of(path) else ()
+
+
+def dot(place: Place, path: str, half: float = _MARKER) -> Area:
+    """The path's marker."""
+    outline = _OUTLINES[marker(path)]
+    corners = tuple((place[0] + half * x, place[1] + half * y) for x, y in outline)
+    return Area(corners, color_of(path))
+
+
+def _strip(frame: Frame, table: Table) -> Iterator[Item]:
+    """A bar in the colours of the paths that the plan runs, each named, where sizes were measured.
+
+    A name that does not fit into its piece stands above it, in one of two lines.
+    """
+    taken = [frame.left, frame.left]
+    for band, first, last in _measured_bands(table):
+        left, right = frame.x(first), frame.x(last)
+        if right - left < 3:  # one measured size: as wide as its marker
+            left, right = left - 3, right + 3
+        color = color_of(band.path)
+        yield Area(rectangle(left, _STRIP[0], right, _STRIP[1]), color)
+        names = (band.path, all_reduce_of(band.path))
+        inside = [name for name in names if width_of(name, _SMALL) < right - left - 6]
+        middle = (left + right) / 2
+        if inside:
+            place = (middle, _STRIP[1] - 5.5)
+            yield Words(place, inside[0], on(color), _SMALL, "middle")
             continue
-        color, _ = _look(band.path)
-        ax.fill_between([start, end], 1.04, 1.15, color=color, linewidth=0, clip_on=False,
-                        transform=ax.get_xaxis_transform())  # fmt: skip
-        room = math.log2(end / start) * inches_per_octave / CHARACTER_INCHES
-        names = [n for n in (band.path, all_reduce_of(band.path)) if len(n) < room]
-        if names:
-            ax.text(math.sqrt(start * end), 1.09, names[0], color=_ink(color), fontsize=8,
-                    ha="center", va="center", transform=ax.get_xaxis_transform())  # fmt: skip
+        wide = width_of(names[1], _SMALL)
+        start = min(max(middle - wide / 2, frame.left), frame.right - wide)
+        free = [line for line, used in enumerate(taken) if used <= start]
+        if free:
+            taken[free[0]] = start + wide + 6
+            yield Words((start, _STRIP[0] - 4 - 12 * free[0]), names[1], "ink", _SMALL)
 
 
-def _ink(color: str) -> str:
-    """Black or white, whichever can be read on ``color`` (luma as in ITU-R BT.601)."""
-    red, green, blue = (int(color[i : i + 2], 16) for i in (1, 3, 5))
-    return "#000000" if 0.299 * red + 0.587 * green + 0.114 * blue > 130 else "#ffffff"
+def _measured_bands(table: Table) -> Iterator[tuple[Band, int, int]]:
+    """Every band that reaches into what was measured, with the part that does."""
+    for band in table.bands:
+        end = table.validated_to + 1 if band.end_bytes is None else band.end_bytes
+        if end > table.validated_from and band.min_bytes <= table.validated_to:
+            first = max(band.min_bytes, table.validated_from)
+            yield band, first, min(end, table.validated_to)
 
 
-def mark_changes(upper: Axes, lower: Axes, table: Table, column: Points) -> None:
-    """A line through both rows where the plan changes path, its size at the foot of the upper one.
+def _changes(upper: Frame, lower: Frame, table: Table, column: Points) -> Iterator[Item]:
+    """A dotted line where the plan changes path, its size at the foot of the upper part.
 
     Shaded: from the last measured size before it to the first one at or above it.
     """
-    left, right = (math.log2(limit) for limit in upper.get_xlim())
     edges = [
-        b.min_bytes
-        for before, b in pairwise(table.bands)
-        if b.path != before.path and b.min_bytes <= column.sizes[-1]
+        band.min_bytes
+        for before, band in pairwise(table.bands)
+        if band.path != before.path and band.min_bytes <= column.sizes[-1]
     ]
-    taken = [-1.0, -1.0]  # how far right each of the two lines of text is used, as a share
     word = "crossover " if len(edges) == 1 else ""
+    taken = [upper.left, upper.left]
     for edge in edges:
         above = max((size for size in column.sizes if size < edge), default=edge)
         below = min(size for size in column.sizes if size >= edge)
-        for ax in (upper, lower):
-            ax.axvspan(above, below, color="#000000", alpha=0.05, lw=0)
-            ax.axvline(edge, color="#222222", linewidth=0.9, linestyle=":")
-        place = (math.log2(edge) - left) / (right - left)
-        flipped = place > 0.8 or (word and place > 0.5)
+        x = upper.x(edge)
+        for frame in (upper, lower):
+            sides = frame.x(above), frame.top, frame.x(below), frame.bottom
+            yield Area(rectangle(*sides), "ink", 0.06)
+            yield Line(((x, frame.top), (x, frame.bottom)), "ink", 1, (1, 2.5))
         label = word + rounded_size(edge)
-        start = place - LABEL_SHARE if flipped else place
+        wide = width_of(label, 11) + 6
+        flipped = x + wide > upper.right
+        start = x - wide if flipped else x
         free = [line for line, used in enumerate(taken) if used <= start]
         if not free:  # three changes within a tenth of the axis: the line alone must do
             continue
-        taken[free[0]] = start + LABEL_SHARE
-        upper.annotate(label, (edge, 0.03 + 0.075 * free[0]),
-                       xycoords=upper.get_xaxis_transform(), fontsize=8.5, fontweight="bold",
-                       xytext=(-4 if flipped else 4, 0), textcoords="offset points",
-                       ha="right" if flipped else "left", color="#222222",
-                       bbox={"facecolor": "#ffffff", "linewidth": 0, "pad": 1})  # fmt: skip
+        taken[free[0]] = start + wide
+        place = (x - 4 if flipped else x + 4, upper.bottom - 6 - 14 * free[0])
+        yield Words(place, label, "ink", 11, "end" if flipped else "start", bold=True)

@@ -1,49 +1,32 @@
 """One picture of a profile: time over message size, who wins, and where the winner changes.
 
-Upper row: median time of every path (log–log) with its interval. Lower row: the same divided by
-the fastest path's time, where a lead of a few percent can be seen. The strip between them shows
-which path the plan runs. Nothing here decides, and nothing opens a window: figures are made
-without pyplot. Equal profiles give equal files, byte by byte.
+A panel per hidden size. Nothing here decides. Equal profiles give equal files, byte by byte. An
+SVG needs no package; a PNG is drawn by matplotlib, the ``plot`` extra.
 """
 
 from __future__ import annotations
 
-import io
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
 
 from fusewise.errors import InputError
 from fusewise.operation import is_unfused
 from fusewise.profiles.bands import Plan
 from fusewise.profiles.schema import Profile
+from fusewise.report import drawing
+from fusewise.report.colors import color_of
 from fusewise.report.crossings import FUSABLE
-from fusewise.report.panel import Points, draw_lines, draw_strip, mark_changes, scale_axes
+from fusewise.report.drawing import Drawing, Item, Line, Words, moved, width_of
+from fusewise.report.panel import HEIGHT, dashes, dot, panel
+from fusewise.report.scales import Points, scales
 from fusewise.report.table import printable
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
-MAX_ACROSS = 3
-PANEL_INCHES = {1: 7.6, 2: 5.0, 3: 3.9}  # per panel, by panels side by side
-
-_RC = {
-    "svg.hashsalt": "fusewise",
-    "svg.fonttype": "none",
-    "font.size": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": "#666666",
-    "axes.axisbelow": True,
-    "axes.grid": True,
-    "grid.color": "#e6e6e6",
-    "grid.linewidth": 0.6,
-    "xtick.color": "#444444",
-    "ytick.color": "#444444",
-}
+_ACROSS = 3
+_WIDTHS = {1: 640.0, 2: 470.0, 3: 400.0}  # of a panel, by panels side by side, px
+_MARGIN, _GAP, _TITLE = 16.0, 24.0, 34.0
+_ENTRY = 11.0  # the legend's letters
+_LINE = 18.0
 
 
 def save(profile: Profile, plan: Plan, file: Path) -> None:
@@ -51,26 +34,10 @@ def save(profile: Profile, plan: Plan, file: Path) -> None:
 
     Raises:
         InputError: another suffix, or a profile without a fusable operation.
+        UnavailableError: a PNG without matplotlib.
         OSError: the file cannot be written.
     """
-    suffix = file.suffix.lower()
-    if suffix not in (".svg", ".png"):
-        raise InputError("unknown picture format", expected=".svg or .png", got=str(file))
-    file.write_bytes(picture(profile, plan, "svg" if suffix == ".svg" else "png"))
-
-
-def picture(profile: Profile, plan: Plan, kind: Literal["svg", "png"]) -> bytes:
-    """The picture's bytes, without date or version in them.
-
-    Raises:
-        InputError: the profile has no sample of ``all_reduce_rms_norm``.
-    """
-    metadata: dict[str, str | None] = {"Title": caption(profile)}
-    metadata |= {"Date": None, "Creator": None} if kind == "svg" else {"Software": None}
-    buffer = io.BytesIO()
-    with _settings():
-        figure(profile, plan).savefig(buffer, format=kind, dpi=160, metadata=metadata)
-    return buffer.getvalue()
+    drawing.save(picture(profile, plan), title(profile), file)
 
 
 def caption(profile: Profile) -> str:
@@ -80,70 +47,72 @@ def caption(profile: Profile) -> str:
     return f"{printable(mark.device)}, {mark.world_size} ranks, {fabric}, {profile.dtype}"
 
 
-@contextmanager
-def _settings() -> Iterator[None]:
-    """Our settings over matplotlib's defaults, whatever the user's matplotlibrc says."""
-    import matplotlib as mpl
-
-    with mpl.rc_context():
-        mpl.rcdefaults()
-        mpl.rcParams.update(_RC)
-        yield
+def title(profile: Profile) -> str:
+    """What the picture shows, for readers and for those who cannot see it."""
+    return f"all_reduce → + residual → RMSNorm on {caption(profile)}"
 
 
-def figure(profile: Profile, plan: Plan) -> Figure:
-    """The figure: a panel of two rows per hidden size, three panels side by side at most.
+def panels(profile: Profile, plan: Plan, width: float) -> dict[int, Drawing]:
+    """hidden_size → its panel, all with the same scales.
 
     Raises:
         InputError: the profile has no sample of ``all_reduce_rms_norm``.
     """
-    from matplotlib.figure import Figure
-
     points = profile.points(FUSABLE)
     if not points:
         raise InputError("nothing to draw", expected=f"samples of {FUSABLE}", got="none")
     order = [path.name for path in profile.paths]
     columns = {hidden_size: Points(rows, order) for hidden_size, rows in points.items()}
-    across = min(len(columns), MAX_ACROSS)
-    down = math.ceil(len(columns) / across)
-    fig = Figure(figsize=(PANEL_INCHES[across] * across, 4.4 * down + 1), layout="constrained")
-    grid = fig.subplots(2 * down, across, squeeze=False, height_ratios=[1.5, 1] * down)
-    panels = [(grid[2 * d][a], grid[2 * d + 1][a]) for d in range(down) for a in range(across)]
-    for i, (hidden_size, column) in enumerate(columns.items()):
-        upper, lower = panels[i]
-        upper.set_title(f"hidden {hidden_size}", loc="left", fontsize=10, fontweight="bold")
-        if i % across == 0:
-            upper.set_ylabel("time per call, µs")
-            lower.set_ylabel("time ÷ fastest")
-        scale_axes(upper, lower, list(columns.values()))
-        table = plan.table_for(FUSABLE, hidden_size)
-        draw_lines(upper, lower, column, table)
-        if table is not None:
-            draw_strip(lower, table, column, PANEL_INCHES[across])
-            mark_changes(upper, lower, table, column)
-    for spare in panels[len(columns) :]:
-        for ax in spare:
-            ax.remove()
-    _legend(fig, [upper for upper, _ in panels[: len(columns)]], across)
-    title = f"all_reduce → + residual → RMSNorm on {caption(profile)}"
-    fig.suptitle(title, x=0.01, ha="left", fontsize=11, parse_math=False)
-    return fig
+    shared = scales(list(columns.values()))
+    return {
+        hidden_size: Drawing(
+            width,
+            HEIGHT,
+            tuple(panel(column, plan.table_for(FUSABLE, hidden_size), shared, hidden_size, width)),
+        )
+        for hidden_size, column in columns.items()
+    }
 
 
-def _legend(fig: Figure, axes: Sequence[Axes], across: int) -> None:
-    """One legend for all panels, fused paths first."""
-    handles: dict[str, Any] = {}
-    for ax in axes:
-        found, labels = ax.get_legend_handles_labels()
-        handles |= dict(zip(labels, found, strict=True))
-    names = sorted(handles, key=is_unfused)
-    fig.legend(
-        [handles[name] for name in names],
-        names,
-        loc="outside lower center",
-        ncols={1: 3, 2: 4, 3: 5}[across],
-        frameon=False,
-        fontsize=8.5,
-        handlelength=2.6,
-        columnspacing=1.2,
-    )
+def paths_drawn(profile: Profile) -> list[str]:
+    """Every path of the picture, fused ones first."""
+    drawn = {sample.path for sample in profile.samples if sample.op == FUSABLE}
+    return sorted((p.name for p in profile.paths if p.name in drawn), key=is_unfused)
+
+
+def picture(profile: Profile, plan: Plan) -> Drawing:
+    """All panels on one sheet, three side by side at most, with a title and a legend.
+
+    Raises:
+        InputError: the profile has no sample of ``all_reduce_rms_norm``.
+    """
+    across = min(len(profile.points(FUSABLE)) or 1, _ACROSS)
+    parts = list(panels(profile, plan, _WIDTHS[across]).values())
+    width = 2 * _MARGIN + across * _WIDTHS[across] + (across - 1) * _GAP
+    items: list[Item] = [Words((_MARGIN, 24), title(profile), size=13)]
+    for i, part in enumerate(parts):
+        row, place = divmod(i, across)
+        dx = _MARGIN + place * (_WIDTHS[across] + _GAP)
+        items += moved(part.items, dx, _TITLE + _MARGIN + row * (HEIGHT + _GAP))
+    rows = math.ceil(len(parts) / across)
+    top = _TITLE + _MARGIN + rows * HEIGHT + (rows - 1) * _GAP + _LINE
+    entries, height = _legend(paths_drawn(profile), width - 2 * _MARGIN)
+    items += moved(entries, _MARGIN, top)
+    return Drawing(width, top + height, tuple(items))
+
+
+def _legend(paths: Sequence[str], width: float) -> tuple[list[Item], float]:
+    """The paths in columns as wide as the longest name; and how high that is, px."""
+    column = max(width_of(path, _ENTRY) for path in paths) + 52
+    across = max(1, min(len(paths), int(width // column)))
+    items: list[Item] = []
+    for i, path in enumerate(paths):
+        row, place = divmod(i, across)
+        items += moved([*key(path), Words((36, 4), path, size=_ENTRY)], place * column, row * _LINE)
+    return items, math.ceil(len(paths) / across) * _LINE
+
+
+def key(path: str) -> list[Item]:
+    """A path's line and marker, 28 px wide around y = 0."""
+    line = Line(((0, 0), (28, 0)), color_of(path), 1.6, dashes(path))
+    return [line, dot((14, 0), path, 3.5)]
