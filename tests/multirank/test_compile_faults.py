@@ -9,7 +9,6 @@ import gc
 import io
 import logging
 import os
-import time
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +101,10 @@ def _eps(rank: int, communicator: Any) -> dict[str, Any]:
 
 
 def _two_graphs(rank: int, communicator: Any, log: Log) -> dict[str, Any]:
-    """Ranks that would rewrite differently, with and without a cached graph on one of them."""
+    """Ranks that would rewrite differently, with and without a cached graph on one of them.
+
+    Had one waited for the other, the wait's end would be an error.
+    """
     results: dict[str, Any] = {}
     for name, keeps in {
         "one rank reads more": rank == 1,
@@ -116,13 +118,11 @@ def _two_graphs(rank: int, communicator: Any, log: Log) -> dict[str, Any]:
         log.taken()
         fusion = fusewise.fusion_pass(communicator=communicator)
         model = Tail(1e-6, keeps)
-        start = time.monotonic()
         compiled = fusewise.compile(model, fusion=fusion, options={"fx_graph_cache": cached})
         difference = _ran(compiled, model, rank)
         results[name] = {
             "choices": _choices(fusion),
             "difference": difference,
-            "seconds": time.monotonic() - start,
             "hits": torch._dynamo.utils.counters["inductor"]["fxgraph_cache_hit"],
             "warnings": [line for line in log.taken() if line.startswith("WARNING")],
             "why": [site.why for site in fusion.sites],
@@ -279,7 +279,6 @@ def test_ranks_that_would_rewrite_differently_all_leave_the_graph(
             result = rank["graphs"][name]
             assert result["choices"] == ["leave"]
             assert result["difference"] <= 1e-6
-            assert result["seconds"] < 50  # of 60; most of it compiles C++
     assert ranks[0]["graphs"]["one rank reads more"]["why"] == ["the ranks' graphs differ"]
     assert ranks[1]["graphs"]["one rank reads more"]["why"] == [
         "the reduced tensor is used elsewhere"
