@@ -30,8 +30,9 @@ CHECKED_SHARE = 4
 SYNCHRONISED = 5000  # replays between two looks at the counter
 
 
-def graphs_of(call: Any, wrong: torch.Tensor) -> tuple[torch.cuda.CUDAGraph, torch.cuda.CUDAGraph]:
-    """The call alone, and poisoned before and compared behind with its first, checked results."""
+def graphs_of(call: Any, wrong: torch.Tensor) -> tuple[Any, Any, list[torch.Tensor]]:
+    """The call alone, and poisoned before and compared behind with its first, checked results,
+    which the graph reads and the caller keeps."""
     call.poison()
     call.run()
     call.check()
@@ -46,7 +47,7 @@ def graphs_of(call: Any, wrong: torch.Tensor) -> tuple[torch.cuda.CUDAGraph, tor
         call.run()
         for result, want in zip(results, expected, strict=True):
             wrong += (result.view(torch.int16) != want).sum()
-    return bare, checked
+    return bare, checked, expected
 
 
 def soak(strategy: str, world_size: int, replays: int, seed: int) -> dict[str, Any]:
@@ -61,7 +62,7 @@ def soak(strategy: str, world_size: int, replays: int, seed: int) -> dict[str, A
     graphs = [graphs_of(call, wrong) for call in calls]
     checked, began_s = 0, time.monotonic()
     for done in range(1, replays + 1):
-        bare, compared = graphs[rng.randrange(len(graphs))]
+        bare, compared, _ = graphs[rng.randrange(len(graphs))]
         if rng.randrange(CHECKED_SHARE) == 0:
             compared.replay()
             checked += 1
