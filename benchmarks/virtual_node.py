@@ -266,6 +266,12 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def command() -> str:
+    """This run's command line, without the folders of this machine."""
+    words = (Path(word).name if word.startswith("/") else word for word in sys.argv)
+    return " ".join(["python", *words])
+
+
 def main() -> None:
     arguments, begin = parse(), time.time()
     facts = torch.cuda.get_device_properties(0)
@@ -274,7 +280,7 @@ def main() -> None:
     print(f"# compiled {codes.compile(points)} in {time.time() - begin:.0f} s", flush=True)
     streams = {w: streams_of(w, arguments.partition) for w in arguments.world_sizes}
     node = {"gpu": facts.name, "torch": torch.__version__, "cuda": torch.version.cuda}
-    record: dict[str, Any] = {"command": " ".join(["python", *sys.argv]), "node": node, "rows": []}
+    record: dict[str, Any] = {"command": command(), "node": node, "rows": []}
     for point in points:
         record["rows"] += measure(point, patches, codes, streams[point[0]], arguments)
         record["took_s"] = round(time.time() - begin, 1)

@@ -31,7 +31,9 @@ def one_shot(num_tokens: int, hidden_size: int, world_size: int = 2, sm: int = 9
         (2048, 2048, 1, 256),  # 8 MiB, the last size with one vector
         (2049, 2048, 2, 128),
         (1, 4088, 1, 512),  # 511 vectors
-        (1, 4096, 2, 256),  # 512 vectors
+        (256, 4096, 1, 512),  # 512 vectors, 2 MiB: the last size with one
+        (257, 4096, 2, 256),
+        (33, 4104, 2, 288),  # 513 vectors
         (1, 2880, 1, 384),  # 360 vectors: the last warp is partly idle
         (33, 7168, 2, 448),
         (1, 8, 1, 32),

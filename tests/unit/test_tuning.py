@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +17,7 @@ from fusewise.profiles.plan import decide_points
 from fusewise.shape import Shape
 from fusewise.tune.operands import integers, normals, usual
 from fusewise.tune.sweep import coarse_order, next_shapes
-from fusewise.tune.timing import calls_per_round
+from fusewise.tune.timing import calls_per_round, interleave
 from fusewise.tune.verify import check, poisoned_memory, verify
 from tests.groups import MirrorGroup
 from tests.samples import FUSED, UNFUSED, profile_of
@@ -28,6 +29,33 @@ def test_the_grid_spans_the_range_before_it_fills_it() -> None:
     assert first[:3] == [1, 16, 256]
     assert sorted(first) == [1, 2, 4, 8, 16, 32, 64, 128, 256]
     assert len(set(order)) == len(order)
+
+
+class Ordered:
+    """A runner that notes who ran before it."""
+
+    calls = 1
+
+    def __init__(self, path: str, trace: list[str]) -> None:
+        self.path, self._trace = path, trace
+        self.before: Counter[str] = Counter()
+
+    def start(self) -> tuple[float, float]:
+        self.before.update(self._trace[-1:])
+        self._trace.append(self.path)
+        return 0.0, 1.0
+
+    def time_us(self, marks: tuple[float, float]) -> float:
+        return marks[1] - marks[0]
+
+
+def test_no_candidate_always_follows_the_same_other() -> None:
+    trace: list[str] = []
+    runners: list[Any] = [Ordered(name, trace) for name in "abcdef"]
+    times = interleave(MirrorGroup(), runners, rounds=21)
+    # A median bears what fewer than half of the rounds suffer.
+    assert all(max(runner.before.values()) < 21 / 2 for runner in runners)
+    assert {len(column) for column in times.values()} == {21}
 
 
 def test_bisection_goes_between_neighbours_that_differ_and_stops_when_close() -> None:

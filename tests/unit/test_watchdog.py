@@ -173,7 +173,7 @@ def test_a_forked_child_watches_its_own_and_not_its_parents(
 
 @pytest.mark.parametrize(
     ("text", "group_s", "bound_s"),
-    [("", 120.0, 5.0), ("0.5", 120.0, 0.5), ("300", 120.0, 120.0), ("300", 600.0, 300.0),
+    [("", 120.0, 20.0), ("0.5", 120.0, 0.5), ("300", 120.0, 120.0), ("300", 600.0, 300.0),
      ("", 2.0, 2.0)],
 )  # fmt: skip
 def test_the_bound_of_replays(text: str, group_s: float, bound_s: float) -> None:

@@ -136,10 +136,10 @@ def interleave(
 ) -> dict[str, tuple[float, ...]]:
     """Times of every runner: path → ``rounds`` paired observations in µs. Collective.
 
-    A lead-in round of each absorbs the ranks' different starts. Every round has an order of its own,
-    the same on all ranks: a candidate that leaves the ranks apart costs whoever follows it, and with
-    an order that only rotates that is always the same one (native kernels behind FlashInfer's
-    two-shot at few tokens took twice their time on two H100s).
+    A lead-in round of each absorbs the ranks' different starts. Every round has an order of its
+    own, the same on all ranks: a candidate that leaves the ranks apart costs whoever follows it,
+    and in an order that only rotates that is always the same one (behind FlashInfer's two-shot at
+    few tokens our kernel took up to twice its time on two H100s).
     """
     group.barrier("lead-in")
     for runner in runners:

@@ -41,16 +41,18 @@ _TWO_SHOT_THREADS = 512  # 128 registers each: eight ranks' vectors fit without 
 # of the 132 SMs of H100 and H200. A constant, because tiles must be equal on all ranks.
 _BUSY_BLOCKS = 264
 MAX_TILE_ROWS = 16  # kMaxTileRows in two_shot_tile.cuh
-# One vector per thread is faster for narrow rows (256 vectors: hidden 2048 in bf16), two from 512
-# on and, on two H200s, above 8 MiB.
-_TWO_VECTORS_FROM = 512
-_TWO_VECTORS_ABOVE_BYTES = 8 * 2**20
+# Vectors per thread. On two H100s (benchmarks/results/two_gpus) one was faster for rows of 256
+# vectors (hidden 2048 in bf16) up to 8 MiB and more, for 512 up to 2 MiB; two from 896 on. With
+# more ranks, which were only virtual, two from 512 on.
+_TWO_VECTORS_FROM = {2: 513, 4: 512, 8: 512}
+_NARROW_ABOVE_BYTES = 8 * 2**20
+_WIDE_FROM = 512
+_WIDE_ABOVE_BYTES = 2 * 2**20
 # A wide row keeps one multiprocessor busy with (world_size - 1) copies of it. While rows are few,
 # four blocks share one, from this many vectors per row on: benchmarks/results/one_gpu has the data.
 _SPREAD_FROM = {2: 896, 4: 896, 8: 512}
-_SPREAD_RANK_ROWS = (
-    64  # num_tokens * world_size up to which there is room for four times the blocks
-)
+# Up to so many num_tokens * world_size there is room for four times the blocks.
+_SPREAD_RANK_ROWS = 64
 
 
 @dataclass(frozen=True)
@@ -263,8 +265,9 @@ def _split_row(row_vectors: int, shape: Shape, world_size: int, sm: int) -> tupl
     spread = MAX_BLOCKS_PER_ROW * block_limit(world_size, 1)
     if sm >= 90 and few and _SPREAD_FROM[world_size] <= row_vectors <= spread:
         return 1, MAX_BLOCKS_PER_ROW
-    above = shape.message_bytes > _TWO_VECTORS_ABOVE_BYTES
-    two = row_vectors >= _TWO_VECTORS_FROM or above
+    wide = row_vectors >= _WIDE_FROM
+    most = _WIDE_ABOVE_BYTES if wide else _NARROW_ABOVE_BYTES
+    two = row_vectors >= _TWO_VECTORS_FROM[world_size] or shape.message_bytes > most
     blocks_allowed = (1, 2, MAX_BLOCKS_PER_ROW) if sm >= 90 else (1,)
     for vectors in (2, 4) if two else (1, 2, 4):
         for blocks in blocks_allowed:

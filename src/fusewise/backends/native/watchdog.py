@@ -27,9 +27,9 @@ if TYPE_CHECKING:
 log = logging.getLogger("fusewise")
 
 REPLAY_TIMEOUT = "FUSEWISE_REPLAY_TIMEOUT_S"
-# Ranks replay in step, so a few seconds are an age; eager calls may wait for a peer that compiles,
-# and have the group's own bound.
-_REPLAY_TIMEOUT_S = 5.0
+# Ranks replay in step, so seconds are an age; but a rank that compiles something between two
+# replays must not end a healthy group. Eager calls have the group's own bound.
+_REPLAY_TIMEOUT_S = 20.0
 LOOK_S = 0.25  # between two looks
 _PHASES = ("the peers' rows", "the peers' rows", "the reduced columns", "the partial sums")
 
