@@ -92,7 +92,8 @@ def json_of(command: str) -> Any:
 
 @pytest.fixture(autouse=True)
 def _clean(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("FUSEWISE_HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("FUSEWISE_HOME", "home")  # doctor shows it: no folder wider than a terminal
 
 
 @pytest.mark.parametrize("command", documented())

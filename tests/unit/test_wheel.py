@@ -32,7 +32,7 @@ PACKAGES = {
     "platformdirs": "platformdirs", "numpy": "numpy", "filelock": "filelock",
     "pynvml": "nvidia-ml-py", "matplotlib": "matplotlib", "cuda": "cuda-core",
     "flashinfer": "flashinfer-python", "vllm": "vllm", "transformers": "transformers",
-    "triton": "torch", "sympy": "torch", "click": "typer",
+    "triton": "torch", "sympy": "torch", "click": "typer", "sglang": "sglang",
 }  # fmt: skip
 
 
