@@ -1,10 +1,11 @@
-"""Decode and prefill of the Qwen3-30B-A3B shape on two H200s, under all plans.
+"""Decode and prefill of the Qwen3-30B-A3B shape on two H200s or more, under all plans.
 
     python benchmarks/decode_h200.py --layers 16
+    python benchmarks/decode_h200.py --tp 8 --profile profile.json --output decode.json
 
 A thin driver of ``fusewise decode``: one profile for all runs, then the comparison with and
 without our own kernels, then the ablation in which the fast unfused path is left out. Writes JSON,
-table and plot to benchmarks/results/. Needs two GPUs.
+and table and plot beside it, to benchmarks/results/ by default. Needs a GPU per rank.
 """
 
 from __future__ import annotations
@@ -43,24 +44,26 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--layers", type=int, default=16, help="of 48; the JSON says how many")
     parser.add_argument("--profile", help="a profile of this node; measured first by default")
+    parser.add_argument("--tp", type=int, default=2, help="ranks")
     parser.add_argument("--steps", default="256")
+    parser.add_argument("--output", type=Path, help="the JSON to write")
     arguments = parser.parse_args()
-    if gpu_count() < 2:
-        print("decode_h200: needs two GPUs", file=sys.stderr)
+    tp, profile = arguments.tp, arguments.profile
+    output = arguments.output or RESULTS / f"decode_h200x{tp}.json"
+    if gpu_count() < tp:
+        print(f"decode_h200: needs {tp} GPUs", file=sys.stderr)
         return 3
-    profile = arguments.profile
     if profile is None:
-        fusewise("tune", "--tp", "2", "--hidden", "2048", "--into", str(RESULTS))
-        profile = str(max(RESULTS.glob("device=*tp=2*.json"), key=lambda p: p.stat().st_mtime))
+        fusewise("tune", "--tp", str(tp), "--hidden", "2048", "--into", str(RESULTS))
+        profile = str(max(RESULTS.glob(f"device=*tp={tp},*.json"), key=lambda p: p.stat().st_mtime))
     names = left_out(profile)
     table = fusewise(
-        "decode", "--model", "qwen3-30b-a3b", "--layers", str(arguments.layers), "--tp", "2",
+        "decode", "--model", "qwen3-30b-a3b", "--layers", str(arguments.layers), "--tp", str(tp),
         "--batches", BATCHES, "--prefill", PREFILL, "--steps", arguments.steps,
         "--profile", profile, *(word for name in names for word in ("--without", name)),
-        "--output", str(RESULTS / "decode_h200x2.json"),
-        "--plot", str(RESULTS / "decode_h200x2.svg"), "--format", "md",
+        "--output", str(output), "--plot", str(output.with_suffix(".svg")), "--format", "md",
     )  # fmt: skip
-    (RESULTS / "decode_h200x2.md").write_text(table)
+    output.with_suffix(".md").write_text(table)
     print(table, end="")
     return 0
 

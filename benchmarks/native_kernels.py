@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -109,27 +110,33 @@ def main() -> None:
         else:
             backends.append(backend)
     variants = [kind(group, max_shape) for kind in VARIANTS] if arguments.variants else []
-    bandwidth_gbps = store_bandwidth(group)
     arena, rows = Arena(group, max_shape), []
+    record: dict[str, Any] = {
+        "command": " ".join(["python", *sys.argv]),
+        "fingerprint": node.model_dump(mode="json"),
+        "bandwidth_gbps": store_bandwidth(group),
+        "python_us": 0.0,
+        "excluded": excluded,
+        "rows": rows,
+    }
     for hidden_size in arguments.hidden_sizes:
         for shape in size_grid(arguments.min_bytes, arguments.max_bytes, hidden_size, "bfloat16"):
             for op in OPS:
                 rows += measure(group, [*backends, *variants], op, shape, arena, arguments.rounds)
             if rank == 0:
                 print(shape, {r["path"]: r["time_us"] for r in rows if r["shape"] == str(shape)})
-    python_us = eager_us(group, node, Buffers(arena, Shape(1, 2048)))
+        write(record, arguments.out, rank)  # a run cut short keeps the hidden sizes it finished
+    record["python_us"] = eager_us(group, node, Buffers(arena, Shape(1, 2048)))
+    write(record, arguments.out, rank)
     if rank == 0:
-        document = {
-            "fingerprint": node.model_dump(mode="json"),
-            "bandwidth_gbps": bandwidth_gbps,
-            "python_us": python_us,
-            "excluded": excluded,
-            "rows": rows,
-        }
-        Path(arguments.out).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-        print("\n".join(summary(rows, bandwidth_gbps, python_us)))
+        print("\n".join(summary(rows, record["bandwidth_gbps"], record["python_us"])))
     group.barrier("end")
     dist.destroy_process_group()
+
+
+def write(record: dict[str, Any], file: str, rank: int) -> None:
+    if rank == 0:
+        Path(file).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
 def measure(

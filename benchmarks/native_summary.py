@@ -1,13 +1,18 @@
 """What a run of native_kernels.py says about our kernels: ratios against the peers. Pure.
 
+    python benchmarks/native_summary.py native_kernels.json
+
 A row is one path at one shape: ``{"op", "path", "num_tokens", "hidden_size", "message_bytes",
 "time_us"}``; ``time_us`` is the median over rounds of the maximum over ranks.
 """
 
 from __future__ import annotations
 
+import json
 import math
+import sys
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 KIB, MIB = 2**10, 2**20
@@ -118,3 +123,8 @@ def summary(rows: Sequence[Row], bandwidth_gbps: float, python_us: float) -> lis
 def _line(label: str, value: float, most: float, where: str) -> str:
     verdict = "not measured" if not value > 0 else "ok" if value <= most else "MISSED"
     return f"{label:<64} {value:7.3f}  <= {most:<5g} {verdict}" + (f"  ({where})" if where else "")
+
+
+if __name__ == "__main__":
+    run = json.loads(Path(sys.argv[1]).read_text())
+    print("\n".join(summary(run["rows"], run["bandwidth_gbps"], run["python_us"])))
