@@ -35,9 +35,15 @@ INSTANCES = [
       for world_size in (2, 4, 8) for early in (False, True)),
     *(Instance("two_shot", dtype, 4, output=output)
       for dtype in ("bfloat16", "float32") for output in ("kSum", "kTokenFp8", "kGroupFp8")),
-    Instance("two_shot", "float16", 8),
+    Instance("two_shot", "float16", 8, 2),
     Instance("two_shot", "bfloat16", 8, output="kStaticFp8"),
     Instance("two_shot", "float16", 4, output="kSum"),
+    # For one width and one row per worker, as they are launched.
+    Instance("one_shot", "bfloat16", 2, one_row=True, row_vectors=32),
+    Instance("one_shot", "bfloat16", 4, blocks=4, one_row=True, row_vectors=65),
+    Instance("one_shot", "float32", 8, 2, one_row=True, row_vectors=33),
+    Instance("two_shot", "bfloat16", 4, 2, row_vectors=65),
+    Instance("two_shot", "bfloat16", 8, 2, row_vectors=33),
 ]  # fmt: skip
 
 
@@ -59,6 +65,8 @@ def normals(shape: tuple[int, ...], dtype: torch.dtype, rng: random.Random) -> T
 def make_call(instance: Instance, num_tokens: int, hidden_size: int, rng: random.Random,
               **given: Any) -> Call:  # fmt: skip
     dtype = DTYPES[instance.dtype]
+    if instance.row_vectors:
+        hidden_size = instance.row_vectors * VECTOR_BYTES // dtype.itemsize
     shape = (num_tokens, hidden_size)
     values = given.pop("values", normals)
     vectors = hidden_size * dtype.itemsize // VECTOR_BYTES
@@ -71,7 +79,7 @@ def make_call(instance: Instance, num_tokens: int, hidden_size: int, rng: random
         residual=[residual for _ in ranks] if rng.random() < 0.7 else None,
         weight=normals((hidden_size,), dtype, rng),
         weight_bias=rng.choice([0.0, 1.0]),
-        workers=rng.randint(1, num_tokens + 1),
+        workers=num_tokens if instance.one_row else rng.randint(1, num_tokens + 1),
         rows_per_tile=rng.randint(1, 3),
         threads=WARP * (warps + rng.randint(0, 1)),
         dependent=rng.random() < 0.8,
@@ -125,7 +133,9 @@ def test_every_small_number_of_tokens(library: ctypes.CDLL, num_tokens: int) -> 
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_one_block_takes_many_rows(library: ctypes.CDLL, world_size: int) -> None:
     rng = random.Random(world_size)
-    fitting = [i for i in INSTANCES if i.world_size == world_size and i.blocks == 1]
+    fitting = [
+        i for i in INSTANCES if i.world_size == world_size and i.blocks == 1 and not i.one_row
+    ]
     calls = [make_call(rng.choice(fitting), 9, 264, rng) for _ in range(16)]
     for call in calls:
         call.workers, call.rows_per_tile = 1, 1
@@ -225,7 +235,7 @@ def test_a_dead_rank_is_reported_and_nobody_waits_for_ever(library: ctypes.CDLL,
     world_size = rng.choice([2, 4, 8])
     fitting = [i for i in INSTANCES if i.world_size == world_size and i.output == "kNorm"]
     calls = [make_call(rng.choice(fitting), 2, 72, rng, values=integers) for _ in range(3)]
-    group = VirtualGroup(library, INSTANCES, world_size, 4, timeout=50)
+    group = VirtualGroup(library, INSTANCES, world_size, max(map(units, calls)), timeout=50)
     dead = rng.randrange(world_size)
     group.kill(dead, after=rng.choice([0, 300, 2000]))
     assert group.run(calls, seed) == "none"
@@ -247,7 +257,7 @@ def test_a_rank_that_gave_up_too_early_gives_no_wrong_number_to_anybody(
     world_size = rng.choice([2, 4])
     fitting = [i for i in INSTANCES if i.world_size == world_size and i.output == "kNorm"]
     calls = [make_call(rng.choice(fitting), 2, 72, rng, values=integers) for _ in range(6)]
-    group = VirtualGroup(library, INSTANCES, world_size, 4, timeout=0)
+    group = VirtualGroup(library, INSTANCES, world_size, max(map(units, calls)), timeout=0)
     slow = rng.randrange(world_size)
     group.pause(slow, after=rng.randrange(300), steps=20_000_000)
     assert group.run(calls, seed) == "none"
