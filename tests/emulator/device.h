@@ -63,8 +63,6 @@ inline void store_words(void* at, Words v) {
   for (int i = 0; i < 4; ++i) store_word(static_cast<char*>(at) + 4 * i, v.word[i]);
 }
 
-inline void prefetch(const void*) {}
-
 // --- memory shared between ranks
 
 inline unsigned peek_word(const void* at) {

@@ -35,7 +35,7 @@ MUTANTS = {
     ),
     "raw_sentinel": ("slots.cuh", "word == kSentinel ? kCanonicalNan : word", "word"),
     "lost_restore": (
-        "slots.cuh", "push_words(slot + j * kUnitBytes, empty_slot())", "prefetch(slot)",
+        "slots.cuh", "push_words(slot + j * kUnitBytes, empty_slot())", "(void)slot",
     ),
     "shape_dependent_slots": ("slots.cuh", "phase * group.unit_capacity", "phase * 2"),
     "lost_partial": ("two_shot.cuh", "      push_word(slot, kSentinel);\n", ""),

@@ -51,7 +51,7 @@ class OutputParams(ctypes.Structure):
 
 
 class OneShotParams(ctypes.Structure):
-    """The one-shot kernel's only parameter; one_shot.cuh."""
+    """The one-shot kernel's only parameter; one_shot_row.cuh."""
 
     _fields_ = [
         ("group", GroupParams),

@@ -68,9 +68,6 @@ FW_DEVICE unsigned load_word(const void* at) {
   return word;
 }
 
-// A hint. It changes no value anybody can observe, so it may come before dependency_wait().
-FW_DEVICE void prefetch(const void* at) { asm volatile("prefetch.global.L2 [%0];" ::"l"(at)); }
-
 // --- memory shared between ranks
 
 FW_DEVICE Words peek_words(const void* at) {
