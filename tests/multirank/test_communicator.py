@@ -190,12 +190,15 @@ def _refusals(rank: int) -> dict[str, str]:
         "weight dtype": (x, None, weight.half()),
         "gradient": (x.clone().requires_grad_(), None, weight),
     }
+    comm.all_reduce_rms_norm(x, x, weight)  # what it remembers must not let one through
+    wrong["weight"] = (x, x, None)
     found = {}
     for name, arguments in wrong.items():
         try:
             comm.all_reduce_rms_norm(*arguments)
         except InputError as error:
             found[name] = str(error)
+    comm.all_reduce_rms_norm(x, x, weight)  # nor does a refusal spoil the call that was right
     for name, keywords in {
         "backend": {"without": ["natvie"]},
         "profile": {"profile": "/no"},
@@ -212,7 +215,7 @@ def test_bad_arguments_are_refused_on_every_rank_alike() -> None:
     first, second = run_ranks(_refusals, 2)
     assert set(first) == {
         "dtype", "device", "scalar", "residual shape", "residual dtype", "weight shape",
-        "weight dtype", "gradient", "backend", "profile", "bound",
+        "weight dtype", "weight", "gradient", "backend", "profile", "bound",
     }  # fmt: skip
     assert first == second
     assert "expected torch.float32 of shape (64,), got torch.float16" in first["weight dtype"]

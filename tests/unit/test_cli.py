@@ -346,6 +346,7 @@ def test_a_picture_without_matplotlib_asks_for_the_extra_before_anything_starts(
     ("arguments", "code", "text"),
     [
         (("explain", "25x"), 2, "not a message size"),
+        (("explain", "4K", "--without", "natvie"), 2, "unknown backend"),
         (("explain", "4K", "--hidden", "0"), 2, "hidden size out of range"),
         (("explain", "4K", "--dtype", "fp8"), 2, "unknown dtype"),
         (("audit", "--profile", "nobody"), 5, "cannot read profile nobody"),

@@ -58,6 +58,13 @@ def test_show_is_the_same_in_both_places() -> None:
     long = run("show", "nvidia-h200-tp8")[0]
     assert long == CliRunner().invoke(app, ["show", "nvidia-h200-tp8"]).stdout
     assert "Decision" in long
+    assert run("show", "tp8")[0] == long
+    written(here(5.0), 0)
+    now = run("show")[0]
+    written(here(6.0), 60)
+    assert now not in (run("show")[0], run("show", "fabric=shm")[0])
+    assert now == run("show", "@")[0] == run("show", "fabric=shm@2026")[0]
+    assert "nvidia-h200-tp8 is of 8 ranks" in run("show", "nvidia-h200-tp8", "--tp", "2", code=2)[1]
 
 
 def test_the_list_has_every_shelf_and_names_what_is_broken(home: Path, tmp_path: Path) -> None:
@@ -97,6 +104,7 @@ def test_compare_by_date_by_name_by_part_and_by_file(tmp_path: Path) -> None:
             ("compare", "h200"),
             "a part of several names: expected a file, or one of nvidia-h200-tp2",
         ),
+        (("show", "nobody"), "no profile 'nobody': expected a file, or one of nvidia"),
         (("compare", "nobody"), "no profile 'nobody': expected a file, or one of nvidia"),
         (("compare", "tp8@2020"), "nvidia-h200-tp8 has no earlier version 2020: got none"),
         (("compare", "@"), "this node has no profile. Run `fusewise tune`"),
@@ -157,6 +165,7 @@ def test_export_gives_the_file_itself_or_puts_it_where_all_may_read(tmp_path: Pa
     handed = tmp_path / "site" / path.name
     assert handed.read_bytes() == path.read_bytes()
     assert handed.stat().st_mode & 0o777 == 0o644
+    assert handed.parent.stat().st_mode & 0o777 == 0o755
     path.unlink()
     found = store.find_profile(probe(2, device_type="cpu"), "bfloat16")
     assert (found.level, found.profile) == ("site profile", here(5.0))

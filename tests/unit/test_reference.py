@@ -8,16 +8,20 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 import fusewise
 from fusewise import errors
+from fusewise.commands import doctor
+from fusewise.commands.app import app
 from fusewise.commands.options import INTERRUPTED
 from fusewise.engines import registry
 from fusewise.errors import FusewiseError
 from fusewise.profiles import store
 
 SOURCES = Path(fusewise.__file__).parent
-PAGE = (Path(__file__).parents[2] / "docs" / "reference.md").read_text("utf-8")
+DOCS = Path(__file__).parents[2] / "docs"
+PAGE = (DOCS / "reference.md").read_text("utf-8")
 OURS, OTHERS, CODES = PAGE.split("\n## ")[1:]
 
 
@@ -59,6 +63,7 @@ def test_our_variables_are_those_on_the_page() -> None:
     switches = {f"FUSEWISE_{name.upper()}" for name in registry.names()}
     used = {word for word in words() if word.startswith("FUSEWISE_")} | switches
     assert named(OURS) == used
+    assert named(OURS) <= set(doctor.SWITCHES), "`fusewise doctor` shows each"
 
 
 def test_others_variables_that_are_read_are_on_the_page_and_no_invented_ones() -> None:
@@ -99,3 +104,14 @@ def test_the_exit_codes_are_those_of_the_errors() -> None:
     shown = {int(code) for code in re.findall(r"^\| (\d+) \|", CODES, re.MULTILINE)}
     ours = {kind.exit_code for kind in kinds(FusewiseError) if kind.__module__ == errors.__name__}
     assert shown == set(errors.EXIT_CODES) == ours | {0, INTERRUPTED}
+
+
+def test_the_models_that_decode_knows_are_those_named_to_people() -> None:
+    from fusewise.decode.models import SHAPES
+
+    help_text = " ".join(CliRunner().invoke(app, ["decode", "--help"]).stdout.split())
+    page = (
+        (DOCS / "decode.md").read_text("utf-8").replace("`", "").split("Shapes: ")[1].split(";")[0]
+    )
+    assert ", ".join(page.replace(",", " ").split()) == ", ".join(SHAPES)
+    assert f"{', '.join(SHAPES)}. Default: tiny on CPUs." in help_text

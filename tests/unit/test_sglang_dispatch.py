@@ -278,6 +278,17 @@ def test_the_pages_token_table_is_what_the_command_answers(
         assert row["origin"] == answered
 
 
+def test_a_cap_of_ones_own_raises_nothing_that_only_tokens_bound() -> None:
+    asked = ("--profile", "nvidia-h200-tp2", "--no-custom-v2", "--cap", "1G")
+    _, err = run("cap", *asked)
+    assert "2048 at hidden 2048, 2048 at hidden 4096, 2048 at hidden 7168" in err
+    for size, path in (("8M", "flashinfer.one_shot"), ("16M", "nccl + rms_norm")):
+        found = json.loads(run("explain", size, *asked, "--format", "json")[0])
+        (row,) = found["engine"]["rows"]
+        assert (row["with_cap"], row["cap_bytes"]) == (path, 8 * 2**20)
+    run("audit", *asked, "--check", "15%")  # 14.2 % at 8M; the 19.2 % at 64M never fuses
+
+
 def test_audit_and_explain_speak_of_sglangs_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("FUSEWISE_CAP", raising=False)
     out, _ = run("audit", "--profile", "nvidia-h200-tp8", "--no-custom-all-reduce", "--symm-mem")

@@ -17,9 +17,11 @@ from fusewise.commands.options import (
     TpOption,
     WithoutOption,
     bordered,
+    check_asked,
     check_output,
     check_picture,
     dtype_of,
+    named_profile,
     resolve,
     resolve_or_fail,
     tell,
@@ -42,7 +44,8 @@ from fusewise.shape import Shape, format_size, parse_size
 @bordered
 def show(
     named: Annotated[
-        str | None, typer.Argument(metavar="PROFILE", help="The same as --profile.")
+        str | None,
+        typer.Argument(metavar="PROFILE", help="A file, a name, a part of one, or NAME@DATE."),
     ] = None,
     profile: ProfileOption = None,
     dtype: DTypeOption = None,
@@ -56,16 +59,20 @@ def show(
         raise InputError("two profiles", expected="one", got=f"{named} and --profile {profile}")
     check_picture(plot)
     check_output(html)
-    found = resolve_or_fail(named if profile is None else profile, dtype, tp)
-    assert found.profile is not None
-    plan = derive(found.profile)
-    write(tables(found.profile, plan), fmt, main="measurements")
+    if named is None:
+        found = resolve_or_fail(profile, dtype, tp).profile
+        assert found is not None
+    else:
+        found = named_profile(named, dtype, tp)
+        check_asked(found, named, dtype, tp)
+    plan = derive(found)
+    write(tables(found, plan), fmt, main="measurements")
     if plot is not None:
-        write_picture(found.profile, plan, plot)
+        write_picture(found, plan, plot)
     if html is not None:
         from fusewise.report.html import page
 
-        html.write_text(page(found.profile, plan), encoding="utf-8")
+        html.write_text(page(found, plan), encoding="utf-8")
         typer.echo(f"fusewise: wrote {html}", err=True)
 
 
@@ -90,11 +97,12 @@ def explain(
     message_bytes = parse_size(size)
     if hidden < 1:
         raise InputError("hidden size out of range", expected="at least 1", got=str(hidden))
+    excluded = select(words(without))
     found = resolve(question.profile, question.dtype, question.tp, question.strict)
     tell(found.notes)
     dtype = dtype_of(question.dtype, found.profile)
     if found.profile is not None:
-        found = replace(found, profile=found.profile.without(select(words(without))))
+        found = replace(found, profile=found.profile.without(excluded))
     answer = reasons(found, op, Shape(1, hidden, dtype), message_bytes)
     sections = list(explained(answer))
     if question.about_engine:

@@ -53,7 +53,10 @@ _TUNE_S = {"cpu": 10.0, "cuda": 60.0}
 
 ModelOption = Annotated[
     str | None,
-    typer.Option(help="tiny, tiny-moe, qwen3-8b, qwen3-30b-a3b. Default: tiny on CPUs."),
+    typer.Option(
+        help="tiny, tiny-moe, tiny-llama, tiny-gemma3, qwen3-8b, qwen3-30b-a3b. "
+        "Default: tiny on CPUs."
+    ),
 ]
 LayersOption = Annotated[int | None, typer.Option(help="Fewer layers than the model has.")]
 DTypeChoice = Annotated[

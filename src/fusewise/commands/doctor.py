@@ -14,19 +14,26 @@ from fusewise.profiles import store
 from fusewise.report.table import Column, Section, facts
 from fusewise.shape import DType, format_size
 
-_SWITCHES = (
+SWITCHES = (
     "NCCL_NVLS_ENABLE",
+    "NCCL_WIN_ENABLE",
+    "NCCL_CUMEM_ENABLE",
     "TORCH_SYMM_MEM_DISABLE_MULTICAST",
+    "TORCH_SYMMMEM",
     "PYTORCH_CUDA_ALLOC_CONF",
     "PYTORCH_ALLOC_CONF",
     "CUDA_VISIBLE_DEVICES",
     "FUSEWISE_HOME",
+    "FUSEWISE_SITE_DIR",
+    "FUSEWISE_CACHE_DIR",
     "FUSEWISE_PROFILE",
     "FUSEWISE_STRICT",
     "FUSEWISE_CAP",
     "FUSEWISE_DEBUG",
     "FUSEWISE_VLLM",
+    "FUSEWISE_SGLANG",
     "FUSEWISE_REPLAY_TIMEOUT_S",
+    "FUSEWISE_MEASURING_LOCK",
 )
 _BACKENDS = (
     Column("backend", "backend"),
@@ -57,7 +64,7 @@ def doctor(tp: TpOption = None, fmt: FormatOption = "table") -> None:
 def _node(node: Fingerprint) -> Section:
     mark = node.model_dump()
     shown = list(mark.items())
-    switches = {name: os.environ.get(name) for name in _SWITCHES}
+    switches = {name: os.environ.get(name) for name in SWITCHES}
     shown += switches.items()
     free = None
     shm = Path("/dev/shm")

@@ -102,7 +102,7 @@ def audit(
         fmt, main="sizes",
     )  # fmt: skip
     if limit is not None:
-        _check(result, limit)
+        _check(result, limit, settings)
 
 
 def _sizes(result: auditing.Audit) -> Section:
@@ -155,14 +155,17 @@ def _share(text: str) -> float:
     return share
 
 
-def _check(result: auditing.Audit, limit: float) -> None:
+def _check(result: auditing.Audit, limit: float, settings: EngineSettings) -> None:
     """Raises CheckError where fusing loses by more than ``limit``, or nobody can tell.
 
     What counts is what the engine fuses today, or up to the cap that was set explicitly.
     """
     cap = result.cap.cap_bytes if result.cap.origin == "explicit" else None
+    own = cap is None or settings.only_lowered
     fused = [
-        row for row in result.rows if (row.fused_today if cap is None else row.message_bytes <= cap)
+        row
+        for row in result.rows
+        if (row.fused_today or not own) and (cap is None or row.message_bytes <= cap)
     ]
     losses = {
         row: -row.delta_us / row.unfused_us

@@ -15,8 +15,8 @@ import typer
 
 from fusewise.errors import FusewiseError, InputError, ProfileError, UnavailableError
 from fusewise.node import Fingerprint, gpu_count, probe
-from fusewise.profiles import store
-from fusewise.profiles.schema import Profile
+from fusewise.profiles import shelf, store
+from fusewise.profiles.schema import Profile, profile_file_name
 from fusewise.ranks.place import default_ranks
 from fusewise.report.table import Format, Section
 from fusewise.report.text import render_sections
@@ -154,12 +154,21 @@ def resolve(
     if not named:
         return store.find_profile(this_node(tp), asked or "bfloat16", strict=strict)
     found = store.load(named) if profile is not None else store.load_variable(named)
+    check_asked(found, named, dtype, tp)
+    return store.Resolution(found, "environment" if profile is None else "flag", named)
+
+
+def check_asked(found: Profile, named: str, dtype: str | None, tp: int | None) -> None:
+    """Whether a profile that was named is what the options say.
+
+    Raises:
+        InputError: it is of another dtype or number of ranks.
+    """
     ranks = found.fingerprint.world_size
     if tp not in (None, ranks):
         raise InputError(f"{named} is of {ranks} ranks", got=f"--tp {tp}")
-    if asked not in (None, found.dtype):
+    if dtype is not None and parse_dtype(dtype) != found.dtype:
         raise InputError(f"{named} is of {found.dtype}", got=f"--dtype {dtype}")
-    return store.Resolution(found, "environment" if profile is None else "flag", named)
 
 
 def dtype_of(dtype: str | None, profile: Profile | None) -> DType:
@@ -181,6 +190,31 @@ def resolve_or_fail(
             hint=f"Run `fusewise tune`, or pass --profile ({', '.join(store.packaged_names())}).",
         )
     return found
+
+
+def named_profile(reference: str | None, dtype: str | None, tp: int | None) -> Profile:
+    """The profile of a reference (see ``profiles.shelf``), or the one that this node runs by.
+
+    Raises:
+        ProfileError: nothing of that name, or it is broken.
+    """
+    if reference is None:
+        found = resolve_or_fail(None, dtype, tp).profile
+        assert found is not None
+        return found
+    return shelf.named(reference, own_name(dtype, tp) if reference.startswith("@") else "")
+
+
+def own_name(dtype: str | None, tp: int | None) -> str:
+    """The name of this node's profile.
+
+    Raises:
+        ProfileError: it has none.
+    """
+    file = store.user_dir() / profile_file_name(this_node(tp), dtype_of(dtype, None))
+    if not file.exists():
+        raise ProfileError("this node has no profile", hint="Run `fusewise tune`.")
+    return file.stem
 
 
 def tell(notes: Sequence[str]) -> None:

@@ -14,17 +14,15 @@ from fusewise.commands.options import (
     FormatOption,
     TpOption,
     bordered,
-    dtype_of,
-    resolve_or_fail,
+    named_profile,
+    own_name,
     tell,
-    this_node,
     write,
 )
-from fusewise.errors import FusewiseError, ProfileError
+from fusewise.errors import FusewiseError
 from fusewise.profiles import history, shelf, store
 from fusewise.profiles.compare import compare as compared
 from fusewise.profiles.merge import extended
-from fusewise.profiles.schema import Profile, profile_file_name
 from fusewise.report.comparison import comparison
 from fusewise.report.table import Column, Section
 
@@ -110,7 +108,7 @@ def compare(
 
     Example, what changed since this node was last measured: fusewise profile compare @
     """
-    ours, theirs = _named(first, dtype, tp), _named(second, dtype, tp)
+    ours, theirs = named_profile(first, dtype, tp), named_profile(second, dtype, tp)
     write(comparison(ours, theirs, compared(ours, theirs), every), fmt)
 
 
@@ -130,7 +128,7 @@ def merge(
     It is kept as that node's, and what was kept before goes to the history. A shape that both
     measured is the newer one's alone.
     """
-    pair = [_named(name, dtype, tp) for name in (first, second)]
+    pair = [named_profile(name, dtype, tp) for name in (first, second)]
     older, newer = sorted(pair, key=lambda profile: profile.provenance.created)
     both = extended(older, newer)
     path = history.replace(both, into or store.user_dir())
@@ -154,7 +152,7 @@ def restore(
     called, at, date = name.rpartition("@")
     if not at:
         called, date = date, ""
-    one = shelf.kept(called or _own(dtype, tp))
+    one = shelf.kept(called or own_name(dtype, tp))
     earlier = shelf.before(one, date)
     store.load(earlier)  # a broken one is not put back
     assert one.file is not None  # packaged ones have no earlier version
@@ -178,32 +176,14 @@ def export(
     To stdout, or under its own name into a folder, where all users may read it: a site keeps its
     profiles in FUSEWISE_SITE_DIR.
     """
-    profile = _named(name, dtype, tp)
+    profile = named_profile(name, dtype, tp)
     if into is None:
         sys.stdout.write(profile.to_json())
         sys.stdout.flush()
         return
+    new = not into.exists()
     path = history.replace(profile, into)
     path.chmod(0o644)
+    if new:
+        into.chmod(0o755)
     tell([f"wrote {path}"])
-
-
-def _named(reference: str | None, dtype: str | None, tp: int | None) -> Profile:
-    """The profile of a reference, or the one that this node runs by."""
-    if reference is not None:
-        return shelf.named(reference, _own(dtype, tp) if reference.startswith("@") else "")
-    found = resolve_or_fail(None, dtype, tp).profile
-    assert found is not None
-    return found
-
-
-def _own(dtype: str | None, tp: int | None) -> str:
-    """The name of this node's profile.
-
-    Raises:
-        ProfileError: it has none.
-    """
-    file = store.user_dir() / profile_file_name(this_node(tp), dtype_of(dtype, None))
-    if not file.exists():
-        raise ProfileError("this node has no profile", hint="Run `fusewise tune`.")
-    return file.stem

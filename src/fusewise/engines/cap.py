@@ -85,7 +85,11 @@ def decide_cap(
         StaleProfileError: the profile was measured at another world size, GPU or dtype.
     """
     if explicit is not None:
-        return CapDecision(explicit.cap_bytes, explicit.level, "explicit", "set explicitly")
+        cap_bytes, why = explicit.cap_bytes, "set explicitly"
+        own = settings.cap_bytes(hidden_size)
+        if settings.only_lowered and hidden_size and own is not None and own < cap_bytes:
+            cap_bytes, why = own, "set explicitly, beyond what the engine fuses"
+        return CapDecision(cap_bytes, explicit.level, "explicit", why)
     if profile is not None and settings.threshold is not None:
         measured = _measured_cap(profile, settings, profile_level, hidden_size)
         if measured is not None:

@@ -179,7 +179,7 @@ class Communicator:
         run = self._runs.get((shape, x.dtype, bare, biased))
         if run is not None and (
             (run.seen(x, weight) if bare else run.seen(x, weight, residual))
-            or run.takes(x, weight, residual)
+            or (isinstance(weight, torch.Tensor) and run.takes(x, weight, residual))
         ):
             results: tuple[Tensor, Tensor] = run.call(x, residual, weight, eps, weight_bias)
             return results
@@ -229,6 +229,8 @@ class Communicator:
             if residual.shape != x.shape or residual.dtype != x.dtype:
                 raise mismatch("residual", residual, x.shape, x.dtype)
             residual = rows_of(residual, "residual", self._device)
+        if not isinstance(weight, torch.Tensor):
+            raise InputError("weight is no tensor", got=type(weight).__name__)
         if weight.ndim != 1 or weight.numel() != rows.shape[1] or weight.dtype != x.dtype:
             raise mismatch("weight", weight, rows.shape[1:], x.dtype)
         return rows, residual, usable(weight, "weight", self._device)
