@@ -34,6 +34,7 @@ TORCH_FREE = (
     "errors", "shape", "node", "operation", "profiles", "report", "commands",
     "backends/registry", "ranks/supervisor", "ranks/teams", "tune/settings", "tune/sweep",
     "engines/audit", "engines/base", "engines/cap", "engines/plugin", "engines/registry",
+    "engines/releases",
     "engines/vllm/dispatch", "engines/vllm/engine", "engines/vllm/tables",
     "engines/sglang/dispatch", "engines/sglang/engine", "engines/sglang/tables",
 )  # fmt: skip

@@ -8,7 +8,6 @@ Nothing here reads a file, an environment or a GPU.
 from __future__ import annotations
 
 import importlib.metadata
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
@@ -165,19 +164,6 @@ class EngineSettings(ABC):
     def max_tokens(self, cap_bytes: int, hidden_size: int) -> int:
         """The largest number of tokens within a cap."""
         return tokens_at(cap_bytes, hidden_size, self.dtype)
-
-
-def nearest_version(asked: str, known: Collection[str]) -> str | None:
-    """The known release nearest to one of that name, by number; None where it holds no number."""
-
-    mine = _number(asked)
-    return min(known, key=lambda one: abs(_number(one) - mine)) if mine else None
-
-
-def _number(version: str) -> int:
-    """For distances: ``v0.33`` → 330000, ``0.5.22`` → 50022."""
-    major, minor, patch, *_ = [*map(int, re.findall(r"\d+", version)), 0, 0, 0]
-    return (10_000 * major + minor) * 10_000 + patch
 
 
 @dataclass(frozen=True)

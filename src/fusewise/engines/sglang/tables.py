@@ -22,15 +22,12 @@ from the tables is ``dispatch.py``'s business.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from fusewise.engines.base import nearest_version
-from fusewise.errors import InputError
+from fusewise.engines.releases import Releases
 
-_KIB, _MIB = 2**10, 2**20
-_RELEASE = re.compile(r"v?(\d+)\.(\d+)\.(\d+)(?:[.+-]?[a-z].*|\+.*)?")
+_MIB = 2**20
 
 # FlashInfer's fused kernels take these world sizes (flashinfer.comm.trtllm_ar).
 WORLD_SIZES = (2, 4, 8, 16)
@@ -133,38 +130,5 @@ TABLES: Mapping[str, Tables] = {
     ),
 }
 
-
-def tables_of(version: str) -> Tables:
-    """The tables of a release.
-
-    Raises:
-        InputError: no wheel of that release was read; names those that were.
-    """
-    match = _RELEASE.fullmatch(version.strip())
-    release = ".".join(match.groups()) if match else version.strip()
-    if release in TABLES:
-        return TABLES[release]
-    near = nearest_version(release, TABLES)
-    raise InputError(
-        "unknown SGLang version",
-        expected=f"one of {', '.join(TABLES)}",
-        got=repr(version),
-        hint=f"The nearest known one is {near}." if near else None,
-    )
-
-
-def known_version(version: str) -> tuple[str, str | None]:
-    """The version whose tables stand for this one, and what to say where it is another.
-
-    A release newer than all that were read is taken for the newest of those: its threshold is
-    compared with the live one, and its seams looked for, before anything is set.
-
-    Raises:
-        InputError: no release, or an older one that was not read.
-    """
-    match = _RELEASE.fullmatch(version.strip())
-    newest = list(TABLES)[-1]
-    if match and tuple(map(int, match.groups())) > tuple(map(int, newest.split("."))):
-        return newest, f"SGLang {version} was not read; the tables of {newest} stand for it"
-    tables_of(version)
-    return version, None
+_RELEASES = Releases("SGLang", 3, TABLES)
+tables_of, known_version = _RELEASES.tables_of, _RELEASES.known_version

@@ -10,15 +10,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from fusewise.engines.router import FUSED_OP, NATIVE, Router, choices_here
+from fusewise.engines import natives
+from fusewise.engines.router import Router
 from fusewise.engines.seams import wrap
 from fusewise.engines.sglang.bounds import BOUNDS, around_fused
 from fusewise.engines.sglang.dispatch import SGLangSettings
 from fusewise.engines.sglang.live import Live, log
 from fusewise.errors import UnavailableError
-from fusewise.operation import backend_of
 from fusewise.profiles.bands import Plan
-from fusewise.profiles.plan import derive
 from fusewise.profiles.schema import Profile
 from fusewise.shape import Shape, tokens_at
 
@@ -35,20 +34,6 @@ class Evidence:
 
     profile: Profile
     settings: SGLangSettings
-
-    @property
-    def native(self) -> list[str]:
-        """The backends of ours that were measured."""
-        names = {backend_of(path.name) for path in self.profile.paths}
-        return sorted(name for name in names if name.startswith(NATIVE))
-
-    def plan(self, native: dict[str, Any]) -> Plan:
-        """The plan over what SGLang and the kernels that were built can run."""
-        gone = set(self.native) - native.keys()
-        kept = tuple(s for s in self.profile.samples if backend_of(s.path) not in gone)
-        return derive(
-            choices_here(self.profile.model_copy(update={"samples": kept}), self.settings)
-        )
 
 
 class NarrowRouter(Router):
@@ -81,15 +66,15 @@ def install(
     from fusewise.ranks.group import Group
 
     patient = Group(live.tp_group.device_group)  # for what is compiled
-    names = quick.broadcast("our kernels", evidence.native if evidence else [])
+    names = quick.broadcast("our kernels", natives.measured(evidence.profile) if evidence else [])
     tokens = tokens_at(wide_bytes, live.hidden_size, live.dtype)
-    native = _built(patient, node, names, Shape(max(1, tokens), live.hidden_size, live.dtype))
+    largest = Shape(max(1, tokens), live.hidden_size, live.dtype)
+    native = natives.build(patient, node, names, largest)
     try:
         plan = _plan(quick, native, evidence)
         quick.unanimous("full mode", plan.digest)
     except Exception:
-        for backend in native.values():
-            backend.close()
+        natives.close(native)
         raise
     # Nothing is left that could fail on one rank alone.
     pattern = flashinfer.comm.AllReduceFusionPattern.kARResidualRMSNorm
@@ -99,30 +84,7 @@ def install(
     BOUNDS.plain_bytes = 0  # the plan's unfused paths are SGLang's other all-reduces
     wrap(flashinfer.comm, "allreduce_fusion", around_fused)
     if quick.rank == 0:
-        tables = [t for t in plan.tables if t.op == FUSED_OP]
-        bands = [f"hidden {t.hidden_size}: {', '.join(map(str, t.bands))}" for t in tables]
-        log.info("fusewise: full mode on: %s", "; ".join(bands))
-
-
-def _built(group: Group, node: Fingerprint, names: list[str], largest: Shape) -> dict[str, Any]:
-    """Every kernel of ours that all ranks could build, by its backend's id.
-
-    Raises:
-        UnavailableError: none; so on all ranks.
-    """
-    from fusewise.backends.steps import build_backend
-
-    built: dict[str, Any] = {}
-    failures = []
-    for name in names:
-        backend, failed = build_backend(name, group, node, largest)
-        if backend is None:
-            failures.append(f"{name}: {failed}")
-        else:
-            built[name] = backend
-    if not built:
-        raise UnavailableError("no native kernel could be built", got="; ".join(failures))
-    return built
+        log.info("fusewise: full mode on: %s", natives.bands_of(plan))
 
 
 def _plan(group: Group, native: dict[str, Any], evidence: Evidence | None) -> Plan:
@@ -134,7 +96,8 @@ def _plan(group: Group, native: dict[str, Any], evidence: Evidence | None) -> Pl
     fault, document = "", None
     if evidence is not None:
         try:
-            document = evidence.plan(native).to_dict()
+            plan = natives.plan_over(native, evidence.profile, evidence.settings)
+            document = plan.to_dict()
         except Exception as error:  # whatever it is, the peers must hear it
             fault = str(error)
     answer = group.broadcast("full mode's plan", [fault, document])

@@ -26,15 +26,12 @@ tables is ``dispatch.py``'s business.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from fusewise.engines.base import nearest_version
-from fusewise.errors import InputError
+from fusewise.engines.releases import Releases
 
 _KIB, _MIB = 2**10, 2**20
-_RELEASE = re.compile(r"v?(\d+)\.(\d+)(?:\.\d+)?(?:[.+-]?[a-z].*|\+.*)?")
 
 BySize = Mapping[int, int]
 BySm = Mapping[int, BySize]
@@ -160,38 +157,5 @@ CUSTOM_WORLD_SIZES = (2, 4, 6, 8)
 # PassConfig.flashinfer_max_size, config/compilation.py: int(field_mb * 1024 * 1024).
 FIELD_UNIT_BYTES = _MIB
 
-
-def tables_of(version: str) -> Tables:
-    """The tables of a release, by its first two numbers.
-
-    Raises:
-        InputError: no wheel of that release was read; names those that were.
-    """
-    match = _RELEASE.fullmatch(version.strip())
-    minor = f"{match[1]}.{match[2]}" if match else version.strip()
-    if match and minor in TABLES:
-        return TABLES[minor]
-    near = nearest_version(minor, TABLES)
-    raise InputError(
-        "unknown vLLM version",
-        expected=f"one of {', '.join(TABLES)}",
-        got=repr(version),
-        hint=f"The nearest known one is {near}." if near else None,
-    )
-
-
-def known_version(version: str) -> tuple[str, str | None]:
-    """The version whose tables stand for this one, and what to say where it is another.
-
-    A release newer than all that were read is taken for the newest of those: its tables are
-    compared with the live one, and its seams looked for, before anything is set.
-
-    Raises:
-        InputError: no release, or one older than the oldest that was read.
-    """
-    match = _RELEASE.fullmatch(version.strip())
-    newest = list(TABLES)[-1]
-    if match and (int(match[1]), int(match[2])) > tuple(map(int, newest.split("."))):
-        return newest, f"vLLM {version} was not read; the tables of {newest} stand for it"
-    tables_of(version)
-    return version, None
+_RELEASES = Releases("vLLM", 2, TABLES)
+tables_of, known_version = _RELEASES.tables_of, _RELEASES.known_version

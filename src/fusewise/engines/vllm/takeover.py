@@ -14,7 +14,8 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from fusewise.engines.router import FUSED_OP, NATIVE, Router, choices_here
+from fusewise.engines import natives
+from fusewise.engines.router import Router
 from fusewise.engines.vllm import mark as marks
 from fusewise.engines.vllm.dispatch import VllmSettings
 from fusewise.engines.vllm.engine import settings_on
@@ -24,16 +25,14 @@ from fusewise.engines.vllm.settle import TIMEOUT_S
 from fusewise.engines.vllm.tables import known_version
 from fusewise.errors import UnavailableError
 from fusewise.node import torch_multicast
-from fusewise.operation import backend_of
 from fusewise.profiles.bands import Plan
 from fusewise.profiles.plan import derive
 from fusewise.profiles.schema import Profile
 from fusewise.profiles.store import find_profile
-from fusewise.shape import Shape, parse_dtype
+from fusewise.shape import DType, Shape, parse_dtype, tokens_at
 
 if TYPE_CHECKING:
     from fusewise.node import Fingerprint
-    from fusewise.ranks.group import Group
 
 log = logging.getLogger("vllm.plugins.fusewise")
 
@@ -85,17 +84,18 @@ def install(vllm_communicator: Any, config: Any, mark: Mark) -> None:
     quick.unanimous("full mode", side.proposal if side else None, fault)
     assert side is not None  # it had no fault
     group = Group(process_group)  # a step of building takes longer, and so may a peer's kernel
-    native = _native(group, node, side.profile, config, _largest(mark))
+    names, largest = natives.measured(side.profile), _largest(mark, config, side.profile.dtype)
+    native = natives.build(group, node, names, largest)
     try:
-        plan = _plan(native, side)
+        plan = natives.plan_over(native, side.profile, side.settings)
         quick.unanimous("full mode's plan", plan.digest)
     except Exception:
-        _close(native)
+        natives.close(native)
         raise
     # Nothing is left that could fail on one rank alone.
     _take_over(vllm_communicator, config, mark, side, native, plan)
     if group.rank == 0:
-        log.info("fusewise: full mode on: %s", "; ".join(_bands_text(plan)))
+        log.info("fusewise: full mode on: %s", natives.bands_of(plan))
 
 
 def _take_over(
@@ -117,7 +117,7 @@ def _take_over(
     def destroy_ours_too() -> None:
         if router in _current:
             _current.remove(router)
-        _close(native)
+        natives.close(native)
         destroy()
 
     vllm_communicator.destroy = destroy_ours_too
@@ -132,16 +132,11 @@ def _routed(original: Any, *args: Any, **kwargs: Any) -> Any:
     return _current[0].fused(original, *args, **kwargs)
 
 
-def _close(native: dict[str, Any]) -> None:
-    for path, backend in native.items():
-        try:
-            backend.close()
-        except Exception as error:  # vLLM goes on closing, whatever ours makes of it
-            log.warning("fusewise: %s could not be closed: %s", path, error)
-
-
-def _largest(mark: Mark) -> int:
-    return max(mark.cap_bytes, marks.in_bytes(mark.wide_mb or 0))
+def _largest(mark: Mark, config: Any, dtype: DType) -> Shape:
+    """The largest message that may reach our kernels."""
+    hidden_size = config.model_config.get_hidden_size()
+    size = max(mark.cap_bytes, marks.in_bytes(mark.wide_mb or 0))
+    return Shape(max(1, tokens_at(size, hidden_size, dtype)), hidden_size, dtype)
 
 
 def _side(node: Fingerprint, config: Any) -> Side:
@@ -166,51 +161,6 @@ def _side(node: Fingerprint, config: Any) -> Side:
     if found.profile is None:
         raise UnavailableError("full mode is off: the profile has gone")
     return Side(settings, found.profile, found.where, flashinfer.comm)
-
-
-def _native(
-    group: Group, node: Fingerprint, profile: Profile, config: Any, cap_bytes: int
-) -> dict[str, Any]:
-    """Every native kernel the profile names and all ranks could build, by its backend's id.
-
-    Raises:
-        UnavailableError: none; so on all ranks.
-    """
-    from fusewise.backends.steps import build_backend
-
-    hidden_size = config.model_config.get_hidden_size()
-    row_bytes = Shape(1, hidden_size, profile.dtype).row_bytes
-    largest = Shape(max(1, cap_bytes // row_bytes), hidden_size, profile.dtype)
-    built: dict[str, Any] = {}
-    failures = []
-    for name in sorted({backend_of(p.name) for p in profile.paths if p.name.startswith(NATIVE)}):
-        backend, failed = build_backend(name, group, node, largest)
-        if backend is None:
-            failures.append(f"{name}: {failed}")
-        else:
-            built[name] = backend
-    if not built:
-        raise UnavailableError(
-            "full mode is off: no native kernel could be built", got="; ".join(failures)
-        )
-    return built
-
-
-def _plan(native: dict[str, Any], side: Side) -> Plan:
-    """The plan over what this vLLM and the kernels that were built can run."""
-    profile = side.profile
-    gone = {name for p in profile.paths if (name := backend_of(p.name)).startswith(NATIVE)}
-    gone -= native.keys()
-    kept = tuple(s for s in profile.samples if backend_of(s.path) not in gone)
-    return derive(choices_here(profile.model_copy(update={"samples": kept}), side.settings))
-
-
-def _bands_text(plan: Plan) -> list[str]:
-    return [
-        f"hidden {table.hidden_size}: {', '.join(map(str, table.bands))}"
-        for table in plan.tables
-        if table.op == FUSED_OP
-    ]
 
 
 def _silence_plain_flashinfer(vllm_communicator: Any, settings: VllmSettings) -> None:
