@@ -22,7 +22,7 @@ def misbehave(worker: Worker, request: dict[str, Any]) -> str:
         worker.phase("wait", allow_s=30)
         time.sleep(0.3 if request["how"] == "return" else 20)
         return "done"
-    worker.phase("misbehave", "provider.x", allow_s=1.0)
+    worker.phase("misbehave", "backend.x", allow_s=1.0)
     if request["how"] == "return":
         print("chatter on stdout")
         return "done"
@@ -125,8 +125,8 @@ def _with_fakes(worker: Worker) -> None:
     def backend_class(backend_id: str) -> type[Backend]:
         return FAKES.get(backend_id) or real_class(backend_id)
 
-    def phase(text: str, provider: str | None = None, allow_s: float = 60.0) -> None:
-        real_phase(text, provider, 5.0 if provider == Spins.id else allow_s)
+    def phase(text: str, backend: str | None = None, allow_s: float = 60.0) -> None:
+        real_phase(text, backend, 5.0 if backend == Spins.id else allow_s)
 
     registry._CPU.update(dict.fromkeys(FAKES, "fakes:none"))
     steps.backend_class = backend_class

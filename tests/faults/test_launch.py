@@ -56,14 +56,14 @@ def _marked(monkeypatch: pytest.MonkeyPatch) -> None:
         ("spin", "stalled", "made no progress in time"),
     ],
 )
-def test_a_bad_rank_ends_the_attempt_with_its_name_phase_and_provider(
+def test_a_bad_rank_ends_the_attempt_with_its_name_phase_and_backend(
     how: str, kind: str, reason: str
 ) -> None:
     outcome, _ = attempt(how)
     failure = outcome.failure
     assert failure is not None
     assert (failure.rank, failure.kind, failure.phase) == (1, kind, "misbehave")
-    assert (failure.provider, failure.reason) == ("provider.x", reason)
+    assert (failure.backend, failure.reason) == ("backend.x", reason)
     assert workers_alive() == []
 
 
@@ -82,20 +82,20 @@ def test_good_ranks_return_their_results_and_keep_stdout_clean(
 
 def failure(**changes: Any) -> Failure:
     facts: dict[str, Any] = {
-        "rank": 1, "kind": "died", "phase": "p", "provider": "custom", "reason": "exited with 7",
+        "rank": 1, "kind": "died", "phase": "p", "backend": "custom", "reason": "exited with 7",
     }  # fmt: skip
     return Failure(**(facts | changes))
 
 
-def test_a_provider_is_left_out_but_outside_kills_and_the_baseline_stop_the_tune() -> None:
+def test_a_backend_is_left_out_but_outside_kills_and_the_baseline_stop_the_tune() -> None:
     assert supervise._culprit(failure()) == "custom"
     assert supervise._culprit(failure(reason="was killed by SIGSEGV")) == "custom"
     for other in (
         {"reason": "was killed by SIGKILL"},
         {"reason": "was killed by SIGTERM"},
-        {"provider": None},
-        {"provider": "nccl"},
-        {"provider": "gloo"},
+        {"backend": None},
+        {"backend": "nccl"},
+        {"backend": "gloo"},
     ):
         with pytest.raises(RankError, match=r"rank 1 .* at 'p'\. Nothing was written"):
             supervise._culprit(failure(**other))
@@ -114,7 +114,7 @@ def test_world_sizes_out_of_range_are_refused() -> None:
 SETTINGS = Settings("bfloat16", (64,), 1024, 4096, 10.0, rounds=5, timeout_s=20.0)
 
 
-def test_bad_providers_are_excluded_with_their_reasons_and_the_tune_goes_on() -> None:
+def test_bad_backends_are_excluded_with_their_reasons_and_the_tune_goes_on() -> None:
     events: list[dict[str, Any]] = []
     request = {"settings": asdict(SETTINGS), "known": None}
     document = supervise.until_done(

@@ -33,12 +33,12 @@ OnEvent = Callable[[int, Event], None]
 
 @dataclass(frozen=True)
 class Failure:
-    """Why a rank did not finish. ``provider`` is whose code ran, as far as the rank told."""
+    """Why a rank did not finish. ``backend`` is whose code ran, as far as the rank told."""
 
     rank: int
     kind: Literal["died", "stalled", "error", "stopped"]
     phase: str
-    provider: str | None
+    backend: str | None
     reason: str
     code: int = RankError.exit_code
 
@@ -53,7 +53,7 @@ class _Child:
     pipe: int
     deadline: float
     phase: str = "start"
-    provider: str | None = None
+    backend: str | None = None
     tail: bytes = b""
     result: Any = None
     failure: Failure | None = None
@@ -61,7 +61,7 @@ class _Child:
 
     def fail(self, kind: Literal["died", "stalled", "error", "stopped"], reason: str) -> None:
         """Marks the end of this rank; the first reason stays."""
-        self.failure = self.failure or Failure(self.rank, kind, self.phase, self.provider, reason)
+        self.failure = self.failure or Failure(self.rank, kind, self.phase, self.backend, reason)
         self.done = True
 
 
@@ -186,12 +186,12 @@ def _read_events(child: _Child, on_event: OnEvent) -> bool:
         event = json.loads(line)
         child.deadline = time.monotonic() + event.get("allow_s", STALL_S)
         if event["kind"] == "phase":
-            child.phase, child.provider = event["text"], event["provider"]
+            child.phase, child.backend = event["text"], event["backend"]
         elif event["kind"] == "result":
             child.result, child.done = event["value"], True
         elif event["kind"] == "error":
             child.failure = Failure(
-                child.rank, "error", child.phase, child.provider,
+                child.rank, "error", child.phase, child.backend,
                 f"failed with {event['text']}", event["code"],
             )  # fmt: skip
             child.done = True

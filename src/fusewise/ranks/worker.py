@@ -40,9 +40,9 @@ class Worker:
         while line:
             line = line[os.write(self.pipe, line) :]
 
-    def phase(self, text: str, provider: str | None = None, allow_s: float = STALL_S) -> None:
+    def phase(self, text: str, backend: str | None = None, allow_s: float = STALL_S) -> None:
         """Says what comes next, whose code it runs, and how long it may stay silent."""
-        self.emit("phase", text=text, provider=provider, allow_s=allow_s)
+        self.emit("phase", text=text, backend=backend, allow_s=allow_s)
 
 
 def main() -> int:

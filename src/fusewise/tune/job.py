@@ -1,7 +1,7 @@
 """The tune as one rank runs it, inside a killable child: build, examine, sweep, report.
 
 Rank 0 decides what to measure next and when the budget is spent; the others follow. Every step
-names the provider whose code runs, so that the supervisor can tell whose fault a silence is.
+names the backend whose code runs, so that the supervisor can tell whose fault a silence is.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The tune as the caller sees it: attempts in children until every bad provider is left out.
+"""The tune as the caller sees it: attempts in children until every bad backend is left out.
 
 Imports no torch itself. Nothing is written here; a profile is returned only when all ranks ended.
 """
@@ -33,11 +33,11 @@ def tune_team(
     Points that ``known`` has, if it is of this node, are measured last; they are not in the result
     unless they were.
 
-    A provider that crashes, spins or fails on any rank is excluded with its reason and the team
+    A backend that crashes, spins or fails on any rank is excluded with its reason and the team
     starts again without it.
 
     Raises:
-        RankError: ranks failed for a reason that is no provider's.
+        RankError: ranks failed for a reason that is no backend's.
     """
     request = {"settings": asdict(settings), "known": known.to_json() if known else None}
     document = until_done(team, "fusewise.tune.job:tune_rank", request, settings.timeout_s, listen)
@@ -48,7 +48,7 @@ def bench_team(team: Team, settings: Settings, listen: Listener) -> list[tuple[S
     """Every path at every size with its wrong elements; None where this process does not lead.
 
     Raises:
-        RankError: ranks failed for a reason that is no provider's.
+        RankError: ranks failed for a reason that is no backend's.
     """
     request = {"settings": asdict(settings)}
     rows = until_done(team, "fusewise.tune.bench:bench_rank", request, settings.timeout_s, listen)
@@ -63,7 +63,7 @@ def until_done(
     A backend whose code ended an attempt is in the next one's ``request["excluded"]``, with why.
 
     Raises:
-        RankError: ranks failed for a reason that is no provider's.
+        RankError: ranks failed for a reason that is no backend's.
     """
     excluded: dict[str, str] = {}
     while True:
@@ -84,17 +84,17 @@ def _forward(rank: int, event: dict[str, Any], listen: Listener) -> None:
 
 
 def _culprit(failure: Failure) -> str:
-    """The provider to leave out.
+    """The backend to leave out.
 
     Raises:
         RankError: it was nobody's, or torch's own all-reduce, without which nothing compares.
     """
     outside = any(failure.reason.endswith(name) for name in _FROM_OUTSIDE)
-    if failure.provider is None or outside or failure.provider in baselines():
+    if failure.backend is None or outside or failure.backend in baselines():
         error = RankError(f"stopped: {failure}", hint="Nothing was written; run it again.")
         error.exit_code = failure.code
         raise error
-    return failure.provider
+    return failure.backend
 
 
 def tune_everywhere(
