@@ -1,9 +1,10 @@
-"""Tests measure beside each other and whoever else uses this machine: a lock of their own."""
+"""What tests must not share with whoever uses this machine: its measuring lock, its profiles."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -14,3 +15,14 @@ def _own_measuring_lock(tmp_path_factory: pytest.TempPathFactory) -> Iterator[No
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(os.environ, "FUSEWISE_MEASURING_LOCK", str(file))
         yield
+
+
+@pytest.fixture
+def own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty shelf of profiles, and no variable that answers in their place."""
+    monkeypatch.setenv("FUSEWISE_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("FUSEWISE_SITE_DIR", str(tmp_path / "site"))
+    monkeypatch.delenv("FUSEWISE_PROFILE", raising=False)
+    monkeypatch.delenv("FUSEWISE_CAP", raising=False)
+    monkeypatch.setattr("sys.argv", ["fusewise"])
+    return tmp_path / "home" / "profiles"

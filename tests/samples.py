@@ -6,6 +6,7 @@ import random
 from collections.abc import Mapping
 
 from fusewise.node import Fingerprint
+from fusewise.operation import Op
 from fusewise.profiles.schema import Numerics, PathRecord, Profile, Provenance, Sample
 
 FUSED, UNFUSED = "flashinfer.one_shot", "nccl + rms_norm"
@@ -54,4 +55,19 @@ def profile_of(
             for tokens, row in medians.items()
             for i, (name, time) in enumerate(row.items())
         ),
+    )
+
+
+def sample(
+    path: str,
+    kib: int,
+    time_us: float,
+    hidden_size: int = 2048,
+    rounds: int = 9,
+    op: Op = "all_reduce_rms_norm",
+) -> Sample:
+    """One path at ``kib`` KiB of bfloat16, every round alike."""
+    tokens = kib * 1024 // (2 * hidden_size)
+    return Sample(
+        op=op, path=path, num_tokens=tokens, hidden_size=hidden_size, times_us=(time_us,) * rounds
     )

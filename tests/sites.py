@@ -56,6 +56,7 @@ def torch_norm(s: Any, w: Any) -> Any:
 def patterns() -> dict[str, Callable[..., Any]]:
     """name → f(x, r, w): the norm, and the sum where it is used again later."""
     _register_engine_ops()
+    _register_compiled_ops()
     world = dist.group.WORLD
     name = world.group_name
     again = dist.new_group([0, 1])
@@ -147,6 +148,10 @@ def _register_engine_ops() -> None:
         return residual_rms_norm(x, x_residual, weight, epsilon)
 
     ir_add_norm.register_fake(lambda x, *_: (torch.empty_like(x), torch.empty_like(x)))
+
+
+def _register_compiled_ops() -> None:
+    """Those of its compiled part, which write into their arguments."""
 
     @torch.library.custom_op("_C::fused_add_rms_norm", mutates_args=("input", "residual"))
     def c_add_norm(input: Tensor, residual: Tensor, weight: Tensor, epsilon: float) -> None:

@@ -3,8 +3,8 @@
 Real: the wheel's Python sources, vLLM's plugin loader, ``VllmConfig`` with its whole construction,
 ``PassConfig``, the fusion table, FlashInfer's plain all-reduce reading it. Simulated: the GPU
 (a subclass of vLLM's CUDA platform that answers capability and count), our node probe, and the
-imports below, which nothing under test uses: vLLM's compiled parts, its executors and serving
-libraries that are not installed here.
+imports of ``vllm_absent.py``, which nothing under test uses: vLLM's compiled parts, its executors
+and serving libraries that are not installed here.
 
 Usage: ``python vllm_simulation.py`` with the sources on ``PYTHONPATH`` and a JSON list of scenarios
 on stdin; the last line printed is a JSON list of results. See ``Scenario`` for the fields.
@@ -12,8 +12,6 @@ on stdin; the last line printed is a JSON list of results. See ``Scenario`` for 
 
 from __future__ import annotations
 
-import importlib.abc
-import importlib.machinery
 import importlib.metadata
 import json
 import logging
@@ -25,38 +23,7 @@ from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
-_ABSENT = (
-    "vllm._C", "vllm._C_stable_libtorch", "vllm.v1.executor", "vllm.distributed.kv_transfer",
-    "aiohttp", "cachetools", "cbor2", "cloudpickle", "cpuinfo", "gguf", "mistral_common", "msgspec",
-    "openai", "openai_harmony", "opentelemetry", "pybase64", "requests", "sentencepiece", "urllib3",
-    "uvloop", "xxhash", "zmq",
-)  # fmt: skip
-
-
-# Operators of vLLM's compiled parts that the fusion passes name when they are imported.
-_OPERATORS = (
-    "dynamic_per_token_scaled_fp8_quant", "dynamic_scaled_fp8_quant", "fused_add_rms_norm",
-    "fused_add_rms_norm_static_fp8_quant", "per_token_group_fp8_quant",
-    "rms_norm_dynamic_per_token_quant", "rms_norm_per_block_quant", "rms_norm_static_fp8_quant",
-    "rotary_embedding", "silu_and_mul", "static_scaled_fp8_quant",
-)  # fmt: skip
-
-
-class _Absent(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Stands in for modules that are not here."""
-
-    def find_spec(self, fullname: str, path: Any, target: Any = None) -> Any:
-        if any(fullname == name or fullname.startswith(f"{name}.") for name in _ABSENT):
-            return importlib.machinery.ModuleSpec(fullname, self, is_package=True)
-        return None
-
-    def create_module(self, spec: Any) -> Any:
-        module = mock.MagicMock(name=spec.name)
-        module.__path__, module.__spec__, module.__name__ = [], spec, spec.name
-        return module
-
-    def exec_module(self, module: Any) -> None:
-        pass
+from vllm_absent import OPERATORS, Absent  # beside this script
 
 
 @dataclass
@@ -105,8 +72,8 @@ def prepare() -> None:
     """Imports vLLM's config with a Hopper or Blackwell platform that needs no driver."""
     import torch
 
-    sys.meta_path.insert(0, _Absent())
-    for operator in _OPERATORS:
+    sys.meta_path.insert(0, Absent())
+    for operator in OPERATORS:
         setattr(torch.ops._C, operator, mock.MagicMock(name=operator))
     import vllm.platforms as platforms
     from vllm.platforms.cuda import CudaPlatformBase

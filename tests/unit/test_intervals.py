@@ -1,3 +1,5 @@
+"""The interval of a median: exact, monotonic, the same everywhere."""
+
 from __future__ import annotations
 
 import random

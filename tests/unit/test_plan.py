@@ -1,3 +1,5 @@
+"""The plan: a pure function of a profile, on both sides of each of its rules."""
+
 from __future__ import annotations
 
 import pytest

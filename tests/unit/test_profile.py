@@ -1,3 +1,5 @@
+"""Profiles as files: what is read, what is refused and by which path in the document."""
+
 from __future__ import annotations
 
 import json

@@ -7,29 +7,21 @@ import os
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
 
-from fusewise.commands.app import app
 from fusewise.node import probe
 from fusewise.profiles import history, store
 from fusewise.profiles.schema import Profile
+from tests import command_line
 from tests.samples import FUSED, NODE, UNFUSED, profile_of
 
 GLOO = "gloo + rms_norm"
 
 
-@pytest.fixture(autouse=True)
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("FUSEWISE_HOME", str(tmp_path / "home"))
-    monkeypatch.setenv("FUSEWISE_SITE_DIR", str(tmp_path / "site"))
-    monkeypatch.delenv("FUSEWISE_PROFILE", raising=False)
-    return tmp_path / "home" / "profiles"
+pytestmark = pytest.mark.usefixtures("own_home")
 
 
 def run(*arguments: str, code: int = 0) -> tuple[str, str]:
-    result = CliRunner().invoke(app, ["profile", *arguments])
-    assert result.exit_code == code, result.output
-    return result.stdout, result.stderr
+    return command_line.run("profile", *arguments, code=code)
 
 
 def table(name: str, *arguments: str) -> list[dict[str, object]]:
@@ -56,7 +48,7 @@ def written(profile: Profile, seconds: int) -> Path:
 
 def test_show_is_the_same_in_both_places() -> None:
     long = run("show", "nvidia-h200-tp8")[0]
-    assert long == CliRunner().invoke(app, ["show", "nvidia-h200-tp8"]).stdout
+    assert long == command_line.run("show", "nvidia-h200-tp8")[0]
     assert "Decision" in long
     assert run("show", "tp8")[0] == long
     written(here(5.0), 0)
@@ -67,11 +59,11 @@ def test_show_is_the_same_in_both_places() -> None:
     assert "nvidia-h200-tp8 is of 8 ranks" in run("show", "nvidia-h200-tp8", "--tp", "2", code=2)[1]
 
 
-def test_the_list_has_every_shelf_and_names_what_is_broken(home: Path, tmp_path: Path) -> None:
+def test_the_list_has_every_shelf_and_names_what_is_broken(own_home: Path, tmp_path: Path) -> None:
     written(here(5.0), 0)
     written(here(6.0), 60)
     store.save(profile_of({1: {FUSED: 5.0, UNFUSED: 8.0}}), tmp_path / "site")
-    (home / "torn.json").write_text("{")
+    (own_home / "torn.json").write_text("{")
     rows = {str(row["name"]): row for row in table("profiles", "list")}
     own = here(5.0).file_name.removesuffix(".json")
     assert (rows[own]["level"], rows[own]["earlier"], rows[own]["samples"]) == ("user", 1, 4)
@@ -171,6 +163,6 @@ def test_export_gives_the_file_itself_or_puts_it_where_all_may_read(tmp_path: Pa
     assert (found.level, found.profile) == ("site profile", here(5.0))
 
 
-def test_the_profile_named_by_a_node_of_another_kind_is_not_this_ones(home: Path) -> None:
+def test_the_profile_named_by_a_node_of_another_kind_is_not_this_ones(own_home: Path) -> None:
     store.save(profile_of({1: {FUSED: 5.0, UNFUSED: 8.0}}, node=NODE))
     assert "this node has no profile" in run("compare", "@", code=5)[1]

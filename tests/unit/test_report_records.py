@@ -17,23 +17,13 @@ from fusewise.profiles.schema import (
     PublishedCrossover,
     Sample,
 )
-from fusewise.report.bench_table import bench, bench_record, bus_factor, header
 from fusewise.report.crossings import NO_LIMIT, constancy, crossings, rounded_size
 from fusewise.report.records import bands, excluded, identity, measurements, paths, tables
 from fusewise.report.text import render_sections
-from fusewise.shape import Shape
-from fusewise.tune.settings import Settings
+from tests.samples import sample
 
 FUSED, UNFUSED = "native.one_shot", "nccl + rms_norm"
 KIB = 1024
-
-
-def sample(path, kib, time_us, hidden_size=2048, rounds=9, op="all_reduce_rms_norm"):
-    """One path at ``kib`` KiB of bfloat16, every round alike."""
-    tokens = kib * KIB // (2 * hidden_size)
-    return Sample(
-        op=op, path=path, num_tokens=tokens, hidden_size=hidden_size, times_us=(time_us,) * rounds
-    )
 
 
 def profile(*samples, **changes):
@@ -280,44 +270,3 @@ def test_where_room_is_short_the_slowest_path_that_never_runs_goes_first():
         > max(spread)
         > max(drops[f"median_us[{name}]"] for name in (FUSED, UNFUSED))
     ), "the two sides that are compared stay longest"
-
-
-def test_bench_has_the_columns_of_nccl_tests_and_its_header():
-    settings = Settings("bfloat16", (2048,), 4096, 2**20, 1.0)
-    node = Fingerprint(device_type="cuda", device="X", world_size=2, fabric="nv18")
-    samples = [sample(UNFUSED, 64, 8.0), sample(FUSED, 64, 4.0),
-               sample("nccl", 64, 7.0, op="all_reduce")]  # fmt: skip
-    wrong = {("all_reduce_rms_norm", FUSED, 16, 2048): 0}
-    sections = bench(samples, "bfloat16", 2, wrong, header(settings, node))
-    text = render_sections(sections, "table", terminal=False).splitlines()
-    assert text[0].startswith("# nRanks 2 minBytes 4096 maxBytes 1048576 step: 2(factor)")
-    assert text[2:4] == ["# Using devices", "#  Ranks 0-1 on 1 node(s), nv18: X"]
-    assert text[5] == "# all_reduce_rms_norm"
-    assert text[6].split() == ["size", "count", "time", "spread", "algbw", "busbw"]
-    assert text[7].split() == [
-        "hidden", "tokens", "(B)", "(elements)", "type", "path", "(us)", "(±)", "(GB/s)", "(GB/s)",
-        "#wrong",
-    ]  # fmt: skip
-    first, second = text[8:10]
-    assert first.split()[:2] == ["2048", "16"]
-    assert first.split()[-5:] == ["4.00", "0.0%", "16.38", "16.38", "0"]
-    assert second.split()[-4:] == ["8.00", "0.0%", "8.19", "8.19"]  # not checked: no number
-    rows = json.loads(render_sections(sections, "json"))["bench"]["rows"]
-    assert [row["op"] for row in rows] == ["all_reduce_rms_norm"] * 2 + ["all_reduce"]
-
-
-@pytest.mark.parametrize(("world_size", "factor"), [(1, 0.0), (2, 1.0), (4, 1.5), (8, 1.75)])
-def test_bus_factor(world_size, factor):
-    assert bus_factor(world_size) == factor
-
-
-def test_bandwidth_is_in_units_of_1e9_bytes_per_second():
-    shape = Shape(1000, 500, "float32")
-    one = Sample(op="all_reduce", path="nccl", num_tokens=1000, hidden_size=500,
-                 times_us=(990.0, 1000.0, 1010.0))  # fmt: skip
-    row = bench_record(shape, one, 4, None)
-    assert (row["size_bytes"], row["count"]) == (2_000_000, 500_000)
-    assert row["algbw_gb_per_s"] == pytest.approx(2.0)
-    assert row["busbw_gb_per_s"] == pytest.approx(3.0)
-    assert (row["time_low_us"], row["time_high_us"]) == (990.0, 1010.0)
-    assert row["spread"] == pytest.approx(0.01)

@@ -1,3 +1,5 @@
+"""Sizes and shapes: what is a size, and how it is written."""
+
 from __future__ import annotations
 
 import pytest

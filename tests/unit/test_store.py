@@ -1,3 +1,5 @@
+"""Where profiles are kept: found by precedence, never lost, never half written."""
+
 from __future__ import annotations
 
 import fcntl
