@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -31,6 +32,8 @@ ORDER = (
     ("commands",),
     ("__main__",),
 )
+# A file of ours as pages name it: in code, by its name or with folders in front.
+FILE = re.compile(r"`(?:\.\./)*((?:[\w-]+/)*[\w-]+\.(?:py|cuh?|sh))`")
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
 
 # Reading commands start without torch: these rooms, or single files of them, never import it.
@@ -132,6 +135,16 @@ def test_reading_commands_never_import_torch_or_numpy(command: str) -> None:
     )
     assert run.returncode == 0, run.stderr
     assert run.stdout
+
+
+def test_the_pages_name_files_that_exist() -> None:
+    pages = [*REPOSITORY.glob("*.md"), *(REPOSITORY / "docs").glob("*.md"),
+             *(REPOSITORY / "benchmarks").rglob("*.md")]  # fmt: skip
+    there = [p.as_posix() for part in ("src", "tests", "benchmarks", "docs", "constraints")
+             for p in (REPOSITORY / part).rglob("*")]  # fmt: skip
+    named = {name for page in pages for name in FILE.findall(page.read_text("utf-8"))}
+    assert len(named) > 30
+    assert not {name for name in named if not any(p.endswith("/" + name) for p in there)}
 
 
 def test_no_file_names_a_machine_or_leaves_work_undone() -> None:

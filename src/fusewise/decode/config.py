@@ -11,9 +11,9 @@ from fusewise.shape import DType, Shape
 
 Compiler = Literal["inductor", "interpreted"]
 
-BATCHES = (1, 8, 64, 96, 128)  # the batch sizes of the seed's table, and the small ones
+BATCHES = (1, 8, 64, 96, 128)  # those of vLLM issue 44079's table, and small ones
 GPU_PREFILL = (2048, 8192, 16384)
-STEPS, REPEATS = 256, 6  # as in the seed's table
+STEPS, REPEATS = 256, 6  # as in that table
 # Two CPU cores take some 20 ms per step of the tiny model; this keeps the run under two minutes.
 CPU_STEPS = 8
 

@@ -1,1 +1,1 @@
-"""Where the vLLM plugin was until 0.2: its name in entry points that are installed already."""
+"""Where the vLLM plugin was before 0.1: its name in entry points that are installed already."""

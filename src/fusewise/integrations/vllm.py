@@ -1,4 +1,4 @@
-"""``fusewise.integrations.vllm:register``, as 0.1 installed it; goes with 0.3."""
+"""``fusewise.integrations.vllm:register``, as checkouts before 0.1 installed it; goes with 0.2."""
 
 from __future__ import annotations
 

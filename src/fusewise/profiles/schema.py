@@ -82,7 +82,7 @@ class PublishedCrossover(_Record):
 
 
 class Exclusion(_Record):
-    """A backend that was not timed, and why. Written as ``path`` until 0.2, and read as either."""
+    """A backend that was not timed, and why. Once written as ``path``; read as either."""
 
     backend: str = Field(
         min_length=1, max_length=80, validation_alias=AliasChoices("backend", "path")

@@ -8,7 +8,7 @@ from fusewise.errors import InputError
 from fusewise.shape import DType, Shape, format_size
 
 ROUNDS = 21  # odd: the median is an observation; 95 % of the bootstrap lies within ranks 6..16
-# The hidden sizes of the seed's report and of our two-GPU facts.
+# The hidden sizes of vLLM issue 44079 and of the packaged two-GPU profile.
 GPU_HIDDEN_SIZES = (2048, 4096, 7168)
 CPU_HIDDEN_SIZES = (2048, 4096)
 GPU_MAX_BYTES = 64 * 2**20  # where the published engine tables end
