@@ -113,15 +113,18 @@ class FlashInfer(Backend):
             )
 
     def _make_workspace(self) -> None:
+        self._create("trtllm", group=self.group.process_group)
+
+    def _create(self, backend: str, **ranks: Any) -> None:
         with torch.cuda.device(self.group.device):
             self._workspace = self._comm.create_allreduce_fusion_workspace(
-                backend="trtllm",
+                backend=backend,
                 world_size=self.group.world_size,
                 rank=self.group.rank,
                 max_token_num=self._workspace_rows(),
                 hidden_dim=WORKSPACE_ROW,
                 dtype=getattr(torch, self.max_shape.dtype),
-                group=self.group.process_group,
+                **ranks,
             )
 
     def admits(self, shape: Shape) -> str | None:
@@ -144,12 +147,13 @@ class FlashInfer(Backend):
         return launch_problem(shape) or self._provider_refusal(shape)
 
     def _provider_refusal(self, shape: Shape) -> str | None:
+        shot = () if self.one_shot is None else (self.one_shot,)  # mnnvl's workspace takes none
         fits = self._workspace.is_buffer_size_sufficient(
             self.group.world_size,
             shape.num_tokens,
             shape.hidden_size,
             getattr(torch, shape.dtype),
-            self.one_shot,
+            *shot,
         )
         return None if fits else f"flashinfer says its workspace is too small for {shape}"
 

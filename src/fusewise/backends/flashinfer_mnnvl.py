@@ -10,8 +10,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from fusewise.backends.flashinfer import FlashInfer
 from fusewise.backends.flashinfer_limits import WORKSPACE_ROW
 from fusewise.errors import UnavailableError
@@ -19,7 +17,6 @@ from fusewise.shape import ELEMENT_BYTES
 
 if TYPE_CHECKING:
     from fusewise.node import Fingerprint
-    from fusewise.shape import Shape
 
 _BUFFERS = 3  # NUM_LAMPORT_BUFFERS
 _ONE_SHOT_BYTES = 2**20  # MNNVL_ONE_SHOT_THRESHOLD, over all ranks
@@ -63,27 +60,9 @@ class Mnnvl(FlashInfer):
     def _make_workspace(self) -> None:
         from flashinfer.comm.mnnvl import TorchDistBackend
 
-        with torch.cuda.device(self.group.device):
-            self._workspace = self._comm.create_allreduce_fusion_workspace(
-                backend="mnnvl",
-                world_size=self.group.world_size,
-                rank=self.group.rank,
-                max_token_num=self._workspace_rows(),
-                hidden_dim=WORKSPACE_ROW,
-                dtype=getattr(torch, self.max_shape.dtype),
-                comm_backend=TorchDistBackend(group=self.group.process_group),
-            )
+        self._create("mnnvl", comm_backend=TorchDistBackend(group=self.group.process_group))
         if not getattr(self._workspace, "mc_ptr", 0):  # as vLLM's _create_workspace asks
             raise UnavailableError("FlashInfer's workspace has no multicast address here")
-
-    def _provider_refusal(self, shape: Shape) -> str | None:
-        fits = self._workspace.is_buffer_size_sufficient(
-            self.group.world_size,
-            shape.num_tokens,
-            shape.hidden_size,
-            getattr(torch, shape.dtype),
-        )
-        return None if fits else f"flashinfer says its workspace is too small for {shape}"
 
     def _release(self) -> None:
         workspace, self._workspace = self._workspace, None
