@@ -134,7 +134,7 @@ def node(monkeypatch: pytest.MonkeyPatch) -> None:
     found = Resolution(profile, "user's profile", "a test")
     monkeypatch.setattr(narrow, "probe_apart", lambda world_size: here)
     monkeypatch.setattr(narrow, "torch_multicast_apart", lambda world_size: False)
-    monkeypatch.setattr(narrow, "find_profile", lambda node, dtype: found)
+    monkeypatch.setattr("fusewise.engines.plugin.find_profile", lambda node, dtype: found)
     monkeypatch.setattr("importlib.metadata.version", lambda name: "0.22.1")
     monkeypatch.setenv("FUSEWISE_VLLM", "full")
 

@@ -1,4 +1,4 @@
-"""What the plugins of all engines share: their switch, the explicit cap, a probe that is safe.
+"""What the plugins of all engines share: switch, explicit cap, profile, a probe that is safe.
 
 Never imports torch or an engine, and never touches the driver in the calling process: engines fork
 their workers, and a process whose parent has initialised CUDA cannot use it.
@@ -7,14 +7,18 @@ their workers, and a process whose parent has initialised CUDA cannot use it.
 from __future__ import annotations
 
 import functools
+import logging
 import subprocess
 import sys
 from collections.abc import Mapping
+from dataclasses import dataclass
 
-from fusewise.engines.cap import ExplicitCap
-from fusewise.errors import InputError, UnavailableError
+from fusewise.engines.cap import CapDecision, ExplicitCap
+from fusewise.errors import FusewiseError, InputError, UnavailableError
 from fusewise.node import Fingerprint
-from fusewise.shape import parse_size
+from fusewise.profiles.schema import Profile
+from fusewise.profiles.store import Level, find_profile
+from fusewise.shape import DType, parse_size
 
 MODES = ("cap", "full", "off")
 
@@ -60,6 +64,33 @@ def explicit_cap(environ: Mapping[str, str], flag: str | None = None) -> Explici
         return ExplicitCap(parse_size(named), "environment")
     except InputError as error:
         raise error.about("FUSEWISE_CAP") from error
+
+
+@dataclass(frozen=True)
+class Found:
+    """A profile for this node, or none, with the words for the log."""
+
+    profile: Profile | None = None
+    level: Level = "engine default"
+    where: str = ""
+
+    def source(self, decision: CapDecision) -> str:
+        """Who a cap comes from."""
+        from_profile = decision.origin in ("measured", "published")
+        return self.where if from_profile else f"by {decision.level}, {self.where}"
+
+
+def profile_here(node: Fingerprint, dtype: DType, log: logging.Logger) -> Found:
+    """The node's profile; one that is asked for and cannot be used is a warning."""
+    try:
+        found = find_profile(node, dtype)
+    except FusewiseError as error:
+        log.warning("fusewise: %s", error)
+        return Found(where="the profile asked for cannot be used")
+    for note in found.notes:
+        log.warning("fusewise: %s", note)
+    where = found.where if found.profile is None else f"{found.level} {found.where}"
+    return Found(found.profile, found.level, where)
 
 
 def probe_apart(world_size: int) -> Fingerprint:

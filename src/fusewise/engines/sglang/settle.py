@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from fusewise.engines.cap import decide_cap
-from fusewise.engines.plugin import explicit_cap, mode
+from fusewise.engines.plugin import explicit_cap, mode, profile_here
 from fusewise.engines.router import full_cap
 from fusewise.engines.seams import missing, resolve
 from fusewise.engines.sglang import live as lives
@@ -20,8 +20,6 @@ from fusewise.engines.sglang.bounds import BOUNDS
 from fusewise.engines.sglang.live import Live, log
 from fusewise.engines.sglang.seams import HOOKED_SEAMS, READ_SEAMS
 from fusewise.errors import FusewiseError, UnavailableError
-from fusewise.profiles.schema import Profile
-from fusewise.profiles.store import Level, find_profile
 from fusewise.shape import format_size, tokens_at
 
 if TYPE_CHECKING:
@@ -161,36 +159,25 @@ def decide(live: Live, node: Fingerprint) -> tuple[Decision, Evidence | None]:
     own = settings.cap_bytes(live.hidden_size)
     if own is None:
         return Decision(), None
-    profile: Profile | None = None
-    level: Level = "engine default"
-    where = "the profile asked for cannot be used"
-    try:
-        found = find_profile(node, live.dtype)
-        profile, level, notes = found.profile, found.level, found.notes
-        where = found.where if profile is None else f"{level} {found.where}"
-    except FusewiseError as error:
-        notes = (str(error),)
-    for note in notes:
-        log.warning("fusewise: %s", note)
+    found = profile_here(node, live.dtype, log)
     decided = decide_cap(
-        profile,
+        found.profile,
         settings,
         explicit=explicit_cap(os.environ),
-        profile_level=level,
+        profile_level=found.level,
         hidden_size=live.hidden_size,
     )
     assert decided.cap_bytes is not None  # there is a threshold, so there is a cap
     cap = min(own, decided.cap_bytes)
-    source = (
-        where if decided.origin in ("measured", "published") else f"by {decided.level}, {where}"
-    )
+    source = found.source(decided)
     wide = None
     if mode("sglang", os.environ) == "full" and decided.origin != "explicit":
-        wide = full_cap(profile, settings, live.hidden_size) if live.one_stream else None
+        wide = full_cap(found.profile, settings, live.hidden_size) if live.one_stream else None
         if not live.one_stream:
             source += "; full needs all calls on one stream, --enable-pdmux has two"
         elif wide is None:
             source += "; full needs a profile of this node with a native kernel in it"
+    profile = found.profile
     evidence = None if wide is None or profile is None else Evidence(profile, settings)
     return Decision(own, cap, wide and max(wide, cap), decided.why, source), evidence
 

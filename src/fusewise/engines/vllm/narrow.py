@@ -11,11 +11,18 @@ from __future__ import annotations
 import importlib.metadata
 import logging
 import os
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from fusewise.engines.cap import CapDecision, decide_cap
-from fusewise.engines.plugin import explicit_cap, mode, probe_apart, torch_multicast_apart
+from fusewise.engines.plugin import (
+    Found,
+    explicit_cap,
+    mode,
+    probe_apart,
+    profile_here,
+    torch_multicast_apart,
+)
 from fusewise.engines.router import full_cap
 from fusewise.engines.vllm import mark as marks
 from fusewise.engines.vllm import settle
@@ -24,20 +31,9 @@ from fusewise.engines.vllm.engine import plain_flashinfer_is_on, settings_on
 from fusewise.engines.vllm.mark import Mark
 from fusewise.engines.vllm.tables import known_version, tables_of
 from fusewise.errors import FusewiseError
-from fusewise.profiles.schema import Profile
-from fusewise.profiles.store import Level, find_profile
 from fusewise.shape import format_size, parse_dtype
 
 log = logging.getLogger("vllm.plugins.fusewise")
-
-
-@dataclass(frozen=True)
-class Found:
-    """A profile for this node, or none, with the words for the log."""
-
-    profile: Profile | None
-    level: Level
-    where: str
 
 
 def around_set_compile_ranges(original: Any, config: Any, *args: Any, **kwargs: Any) -> Any:
@@ -148,24 +144,15 @@ def _change(old: int, mark: Mark, fuses: bool) -> str:
 def _settings_here(config: Any, version: str) -> tuple[VllmSettings | None, Found]:
     """This vLLM on this node, and the node's profile; no settings without FlashInfer."""
     node = probe_apart(_world_size(config))
-    nothing = Found(None, "engine default", "")
     if node.flashinfer is None:
-        return None, nothing
+        return None, Found()
     dtype = parse_dtype(str(config.model_config.dtype)) if config.model_config else "bfloat16"
     flags = {
         "custom_all_reduce": not config.parallel_config.disable_custom_all_reduce,
         "multicast": torch_multicast_apart(node.world_size),
     }
     settings = settings_on(version, node, dtype, os.environ, flags)
-    try:
-        found = find_profile(node, dtype)
-    except FusewiseError as error:
-        log.warning("fusewise: %s", error)
-        return settings, replace(nothing, where="the profile asked for cannot be used")
-    for note in found.notes:
-        log.warning("fusewise: %s", note)
-    named = found.where if found.profile is None else f"{found.level} {found.where}"
-    return settings, Found(found.profile, found.level, named)
+    return settings, profile_here(node, dtype, log)
 
 
 def _answer(
@@ -176,8 +163,7 @@ def _answer(
     hidden_size: int | None,
 ) -> tuple[Mark, str]:
     assert decision.cap_bytes is not None  # there is a threshold, so there is a cap
-    from_profile = decision.origin in ("measured", "published")
-    source = found.where if from_profile else f"by {decision.level}, {found.where}"
+    source = found.source(decision)
     mark = Mark("cap", cap_mb=field_mb(decision.cap_bytes))
     if switch == "full" and decision.origin != "explicit":
         wide = full_cap(found.profile, settings, hidden_size)
