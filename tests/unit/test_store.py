@@ -46,8 +46,7 @@ def test_precedence_from_argument_to_nothing(environ: dict[str, str], tmp_path: 
     assert level() == "user profile"
     environ["FUSEWISE_PROFILE"] = str(file)
     assert level() == "environment"
-    assert level(flag=str(file)) == "flag"
-    assert level(flag=str(file), argument=str(file)) == "argument"
+    assert level(argument=str(file)) == "argument"
     assert level(argument=GOOD) == "argument"
 
 

@@ -60,7 +60,7 @@ class Comparison:
     second_only: int
 
 
-def compare(first: Profile, second: Profile, min_gain: float = MIN_GAIN) -> Comparison:
+def compare(first: Profile, second: Profile) -> Comparison:
     """Every sample that both have, and every shape at which they decide differently.
 
     Raises:
@@ -75,8 +75,8 @@ def compare(first: Profile, second: Profile, min_gain: float = MIN_GAIN) -> Comp
     ours, theirs = _samples(first), _samples(second)
     common = [key for key in ours if key in theirs]
     return Comparison(
-        tuple(_change(ours[key], theirs[key], first, min_gain) for key in common),
-        tuple(found for op in OPERATIONS for found in _disagreements(first, second, op, min_gain)),
+        tuple(_change(ours[key], theirs[key], first) for key in common),
+        tuple(found for op in OPERATIONS for found in _disagreements(first, second, op)),
         len(ours) - len(common),
         len(theirs) - len(common),
     )
@@ -87,28 +87,28 @@ def _samples(profile: Profile) -> dict[tuple[str, int, int, str], Sample]:
     return {(s.op, s.hidden_size, s.num_tokens, s.path): s for s in ordered}
 
 
-def _change(first: Sample, second: Sample, profile: Profile, min_gain: float) -> Change:
+def _change(first: Sample, second: Sample, profile: Profile) -> Change:
     ratio = ratio_interval(first.times_us, second.times_us)
     verdict: Verdict = "same"
     if min(len(first.times_us), len(second.times_us)) < 2:
         verdict = "no spread"
-    elif ratio.low > 1 + min_gain:
+    elif ratio.low > 1 + MIN_GAIN:
         verdict = "slower"
-    elif ratio.high < 1 - min_gain:
+    elif ratio.high < 1 - MIN_GAIN:
         verdict = "faster"
     shape = Shape(first.num_tokens, first.hidden_size, profile.dtype)
     times = median(first.times_us), median(second.times_us)
     return Change(first.op, first.path, shape, *times, ratio, verdict)
 
 
-def _disagreements(first: Profile, second: Profile, op: Op, min_gain: float) -> list[Disagreement]:
+def _disagreements(first: Profile, second: Profile, op: Op) -> list[Disagreement]:
     rows = {shape: row for column in second.points(op).values() for shape, row in column.items()}
     chosen = [
         {point.shape: point.chosen for column in decided.values() for point in column}
-        for decided in (decide_points(first, op, min_gain), decide_points(second, op, min_gain))
+        for decided in (decide_points(first, op), decide_points(second, op))
     ]
     return [
-        _disagreement(op, shape, path, chosen[1][shape], rows[shape], second, min_gain)
+        _disagreement(op, shape, path, chosen[1][shape], rows[shape], second)
         for shape, path in chosen[0].items()
         if shape in chosen[1] and path != chosen[1][shape]
     ]
@@ -121,7 +121,6 @@ def _disagreement(
     theirs: str,
     row: dict[str, Sample],
     second: Profile,
-    min_gain: float,
 ) -> Disagreement:
     if ours not in row or theirs not in row:
         return Disagreement(op, shape, ours, theirs, None, "not measured")
@@ -129,6 +128,6 @@ def _disagreement(
     clear: Clear = "noise"
     if len(row[ours].times_us) < 2:
         clear = "no spread"
-    elif cost.low > min_gain * median(row[theirs].times_us):
+    elif cost.low > MIN_GAIN * median(row[theirs].times_us):
         clear = "clear"
     return Disagreement(op, shape, ours, theirs, cost, clear)

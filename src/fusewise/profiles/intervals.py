@@ -34,13 +34,13 @@ def median(values: Sequence[float]) -> float:
     return sorted(values)[(len(values) - 1) // 2]
 
 
-def median_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> Interval:
+def median_interval(values: Sequence[float]) -> Interval:
     """The exact bootstrap percentile interval of the median of ``values``.
 
     One value gives an interval of zero width: a published number that came without its spread.
     """
     ordered = sorted(values)
-    low, high = _ranks(len(ordered), confidence)
+    low, high = _ranks(len(ordered))
     return Interval(ordered[(len(ordered) - 1) // 2], ordered[low], ordered[high])
 
 
@@ -49,9 +49,7 @@ def paired_interval(slower: Sequence[float], faster: Sequence[float]) -> Interva
     return median_interval([a - b for a, b in zip(slower, faster, strict=True)])
 
 
-def ratio_interval(
-    before: Sequence[float], after: Sequence[float], confidence: float = CONFIDENCE
-) -> Interval:
+def ratio_interval(before: Sequence[float], after: Sequence[float]) -> Interval:
     """The exact bootstrap interval of median(after) / median(before), for two separate runs.
 
     Rounds of two runs are not paired: each median has its own bootstrap distribution, and the
@@ -61,7 +59,7 @@ def ratio_interval(
         (theirs / ours, p * q) for ours, p in _bootstrap(before) for theirs, q in _bootstrap(after)
     )
     reached = list(itertools.accumulate(p for _, p in ratios))
-    tail = (1 - confidence) / 2 * reached[-1]
+    tail = (1 - CONFIDENCE) / 2 * reached[-1]
     low = bisect.bisect_right(reached, tail)
     high = bisect.bisect_left(reached, reached[-1] - tail - 1e-12)
     return Interval(median(after) / median(before), ratios[low][0], ratios[high][0])
@@ -80,9 +78,9 @@ def _weights(count: int) -> list[float]:
 
 
 @functools.lru_cache(maxsize=64)
-def _ranks(count: int, confidence: float) -> tuple[int, int]:
+def _ranks(count: int) -> tuple[int, int]:
     """Indices of the order statistics at the two tails of the bootstrap distribution."""
-    tail = (1 - confidence) / 2
+    tail = (1 - CONFIDENCE) / 2
     at_most = [_median_at_most(count, k) for k in range(1, count + 1)]
     low = next(i for i, p in enumerate(at_most) if p > tail)
     high = next(i for i, p in enumerate(at_most) if p >= 1 - tail - 1e-12)

@@ -104,7 +104,6 @@ def find_profile(
     dtype: DType,
     *,
     argument: str | os.PathLike[str] | Profile | None = None,
-    flag: str | None = None,
     environ: Mapping[str, str] = os.environ,
     strict: bool | None = None,
 ) -> Resolution:
@@ -114,7 +113,6 @@ def find_profile(
         node: where it is to apply.
         dtype: of the messages.
         argument: a profile, or the name or path of one.
-        flag: likewise, from a command line.
         environ: for FUSEWISE_PROFILE and FUSEWISE_STRICT, and where profiles are kept.
         strict: pass over what was measured with other versions; None: as FUSEWISE_STRICT says.
 
@@ -126,16 +124,11 @@ def find_profile(
     strict = _strict(environ) if strict is None else strict
     if isinstance(argument, Profile):
         return _explicit(argument, "argument", "the profile passed", node)
-    named: list[tuple[Level, str | os.PathLike[str] | None]] = [
-        ("argument", argument),
-        ("flag", flag),
-        ("environment", environ.get("FUSEWISE_PROFILE") or None),
-    ]
-    for level, name in named:
-        if name is not None:
-            if level == "environment":
-                return _explicit(load_variable(os.fspath(name)), level, os.fspath(name), node)
-            return _explicit(load(name), level, os.fspath(name), node)
+    if argument is not None:
+        return _explicit(load(argument), "argument", os.fspath(argument), node)
+    variable = environ.get("FUSEWISE_PROFILE")
+    if variable:
+        return _explicit(load_variable(variable), "environment", variable, node)
     return _search(node, dtype, environ, strict)
 
 

@@ -10,7 +10,6 @@ from typing import Any
 
 from fusewise.operation import Op
 from fusewise.profiles.plan import (
-    MIN_GAIN,
     Crossover,
     Point,
     constant_in_bytes,
@@ -26,13 +25,13 @@ OPS: tuple[Op, ...] = (FUSABLE, "all_reduce")
 NO_LIMIT = 2**62  # above every size a profile can hold
 
 
-def crossings(profile: Profile, min_gain: float = MIN_GAIN, op: Op = FUSABLE) -> Section:
+def crossings(profile: Profile, op: Op = FUSABLE) -> Section:
     """Where the winner changes, and in a note whether that is constant in bytes.
 
     ``above_bytes`` and ``below_bytes`` are the measured sizes on both sides, ``estimate_bytes``
     the interpolated place between them; a published crossover has all three equal.
     """
-    decided = decide_points(profile, op, min_gain)
+    decided = decide_points(profile, op)
     shown = [_crossing(c) for c in crossovers(decided)]
     notes: tuple[str, ...] = ()
     if op == FUSABLE:

@@ -14,7 +14,6 @@ from itertools import groupby
 
 from fusewise.profiles.bands import Plan
 from fusewise.profiles.intervals import CONFIDENCE
-from fusewise.profiles.plan import MIN_GAIN
 from fusewise.profiles.schema import Profile
 from fusewise.report import colors
 from fusewise.report.advice import Advice, losing, of_all_engines
@@ -37,18 +36,12 @@ _POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 _PANEL = 470.0  # px; a page scales it to its column
 
 
-def page(
-    profile: Profile,
-    plan: Plan,
-    min_gain: float = MIN_GAIN,
-    advice: Sequence[Advice] | None = None,
-) -> str:
+def page(profile: Profile, plan: Plan, advice: Sequence[Advice] | None = None) -> str:
     """The page.
 
     Args:
         profile: what was measured.
-        plan: ``derive(profile, min_gain)``, or what replaced it.
-        min_gain: as the plan was derived.
+        plan: ``derive(profile)``, or what replaced it.
         advice: what to do about engines; by default about each, with its own defaults.
 
     Raises:
@@ -58,9 +51,9 @@ def page(
     provenance = profile.provenance
     lead = f"{provenance.origin} {provenance.created}, {provenance.source}"
     about = identity(profile)
-    rest = [table for table in report(profile, plan, min_gain) if table.name != about.name]
+    rest = [table for table in report(profile, plan) if table.name != about.name]
     tables = sorted(rest, key=lambda table: table.name not in ("bands", "crossovers"))
-    verdict = " ".join(crossings(profile, min_gain).notes)
+    verdict = " ".join(crossings(profile).notes)
     body = [
         f"<h1>{_text(caption(profile))}</h1>",
         f"<p class=lead>all_reduce → + residual → RMSNorm · {_text(lead)}</p>",

@@ -15,7 +15,7 @@ from typing import Any
 from fusewise.operation import Op
 from fusewise.profiles.bands import Plan
 from fusewise.profiles.intervals import CONFIDENCE, median, median_interval
-from fusewise.profiles.plan import MIN_GAIN, Point, decide_points
+from fusewise.profiles.plan import Point, decide_points
 from fusewise.profiles.schema import Profile, Sample
 from fusewise.report.crossings import FUSABLE, OPS, crossings, rounded_size
 from fusewise.report.table import Column, Section, facts, spoken
@@ -24,26 +24,25 @@ from fusewise.shape import format_size
 Record = dict[str, Any]
 
 
-def report(profile: Profile, plan: Plan, min_gain: float = MIN_GAIN) -> list[Section]:
+def report(profile: Profile, plan: Plan) -> list[Section]:
     """What a report shows: every table that says something. See ``tables``."""
-    return spoken(tables(profile, plan, min_gain))
+    return spoken(tables(profile, plan))
 
 
-def tables(profile: Profile, plan: Plan, min_gain: float = MIN_GAIN) -> list[Section]:
+def tables(profile: Profile, plan: Plan) -> list[Section]:
     """Every table of a profile, empty ones too; the decision last, where a terminal ends.
 
     Args:
         profile: what was measured.
-        plan: ``derive(profile, min_gain)``, or what replaced it.
-        min_gain: as the plan was derived.
+        plan: ``derive(profile)``, or what replaced it.
     """
     return [
         identity(profile),
         paths(profile),
-        *(measurements(profile, op, min_gain) for op in OPS),
+        *(measurements(profile, op) for op in OPS),
         excluded(profile),
         *(bands(plan, op) for op in _ops(plan)),
-        *(crossings(profile, min_gain, op) for op in OPS),
+        *(crossings(profile, op) for op in OPS),
     ]
 
 
@@ -59,7 +58,7 @@ def identity(profile: Profile) -> Section:
     return facts("profile", known, shown, "Node and provenance")
 
 
-def measurements(profile: Profile, op: Op = FUSABLE, min_gain: float = MIN_GAIN) -> Section:
+def measurements(profile: Profile, op: Op = FUSABLE) -> Section:
     """Shown: one row per (op, hidden size, message size), a column per path.
 
     ``gain_us`` is the median over paired rounds of best unfused minus best fused, above zero where
@@ -70,7 +69,7 @@ def measurements(profile: Profile, op: Op = FUSABLE, min_gain: float = MIN_GAIN)
     present = {sample.path for sample in profile.samples if sample.op == op}
     known = [path.name for path in profile.paths if path.name in present]
     names = known + sorted(present - set(known))
-    decided = decide_points(profile, op, min_gain)
+    decided = decide_points(profile, op)
     points = [point for column in decided.values() for point in column]
     paired = any(len(sample.times_us) > 1 for sample in profile.samples)
     records = [_measurement(op, point, names, paired) for point in points]
