@@ -138,7 +138,7 @@ def _decided(group: Group, live: Live, node: Fingerprint) -> tuple[Decision, Evi
     decision, evidence, fault = Decision(), None, ""
     if group.rank == 0:
         try:
-            decision, evidence = decide(live, node)
+            decision, evidence = _cap_here(live, node)
         except Exception as error:  # whatever it is, the peers must hear it
             fault = str(error)
     answer = group.broadcast("decision", [fault, asdict(decision)])
@@ -147,7 +147,7 @@ def _decided(group: Group, live: Live, node: Fingerprint) -> tuple[Decision, Evi
     return Decision(**answer[1]), evidence
 
 
-def decide(live: Live, node: Fingerprint) -> tuple[Decision, Evidence | None]:
+def _cap_here(live: Live, node: Fingerprint) -> tuple[Decision, Evidence | None]:
     """The cap for this SGLang on this node, from rank 0's environment and profiles.
 
     Raises:
