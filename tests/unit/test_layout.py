@@ -100,6 +100,14 @@ def test_a_file_is_a_room_and_a_function_fits_on_a_screen(file: Path) -> None:
             assert (node.end_lineno or 0) - node.lineno < 60, node.name
 
 
+def test_a_file_for_another_compiler_is_a_room_too() -> None:
+    kinds = (".cu", ".cuh", ".cpp", ".h", ".css", ".sh")
+    files = [f for part in ("src", "tests", "benchmarks")
+             for f in (REPOSITORY / part).rglob("*") if f.suffix in kinds]  # fmt: skip
+    assert len(files) > 10
+    assert not [file for file in files if file.read_text("utf-8").count("\n") > 300]
+
+
 def test_the_torch_free_rooms_import_no_torch() -> None:
     places = [file.relative_to(ROOT).with_suffix("").as_posix() for file in FILES]
     free = [p for p in places if any(p == f or p.startswith(f"{f}/") for f in TORCH_FREE)]
