@@ -103,8 +103,8 @@ def test_a_backend_is_left_out_but_outside_kills_and_the_baseline_stop_the_tune(
 
 def test_world_sizes_out_of_range_are_refused() -> None:
     most = max(8, os.cpu_count() or 1)
-    for size in (0, most + 1):
-        with pytest.raises(InputError, match=f"1 to {most} CPU ranks"):
+    for size, text in ((1, "at least 2, got 1"), (most + 1, f"1 to {most} CPU ranks")):
+        with pytest.raises(InputError, match=text):
             local_team(size)
     assert local_team(None).world_size == 2
     assert local_team(3).ranks == (0, 1, 2)

@@ -60,10 +60,11 @@ def local_team(world_size: int | None, *, share: bool = False) -> Team:
         share: whether several ranks may have one GPU.
 
     Raises:
-        InputError: fewer than one rank, or more than this host runs.
+        InputError: fewer than two ranks, or more than this host runs.
         UnavailableError: one GPU and nobody to share it, or too little memory on it.
     """
     size = world_size if world_size is not None else default_ranks()
+    _check_several(size)
     place = default_place(share=share) if world_size is None else place_for(size, share=share)
     ranks = tuple(range(size))
     return Team(size, ranks, ranks, place)
@@ -80,7 +81,8 @@ def torchrun_team(world_size: int | None, timeout_s: float) -> Team:
     Collective over all torchrun ranks; initialises torch.distributed with gloo.
 
     Raises:
-        InputError: the team size does not divide torchrun's world, or ranks lack a GPU each.
+        InputError: a team of one, a size that does not divide torchrun's world, or ranks without
+            a GPU each.
     """
     import torch.distributed as dist
 
@@ -89,7 +91,8 @@ def torchrun_team(world_size: int | None, timeout_s: float) -> Team:
     rank, total = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     local_rank = int(os.environ.get("LOCAL_RANK", rank))
     size = world_size or int(os.environ.get("LOCAL_WORLD_SIZE", total))
-    if size < 1 or total % size:
+    _check_several(size)
+    if total % size:
         raise InputError(
             "torchrun's world does not split into teams",
             expected=f"a divisor of {total}",
@@ -106,3 +109,13 @@ def torchrun_team(world_size: int | None, timeout_s: float) -> Team:
     spread = len(set(hosts))
     host = "127.0.0.1" if spread == 1 else hosts[0]
     return Team(size, (peers.rank,), (local_rank,), place, peers, world, host, spread)
+
+
+def _check_several(ranks: int) -> None:
+    if ranks < 2:
+        raise InputError(
+            "a group of one rank has nothing to measure",
+            expected="at least 2",
+            got=str(ranks),
+            hint="Leave --tp out for this node's own number, or pass a larger one.",
+        )
