@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Literal
 
 from fusewise.errors import InputError
@@ -30,7 +31,7 @@ class Shape:
     The dtype may be given as ``bf16`` or as torch's own.
 
     Raises:
-        InputError: a number out of range, or an unknown dtype.
+        InputError: a number out of range or not whole, or an unknown dtype.
     """
 
     num_tokens: int
@@ -40,11 +41,13 @@ class Shape:
     def __post_init__(self) -> None:
         if self.dtype not in ELEMENT_BYTES:
             object.__setattr__(self, "dtype", parse_dtype(str(self.dtype)))
-        if self.num_tokens < 0 or self.hidden_size < 1:
+        numbers = self.num_tokens, self.hidden_size
+        whole = all(isinstance(number, Integral) for number in numbers)
+        if not whole or self.num_tokens < 0 or self.hidden_size < 1:
             raise InputError(
                 "shape out of range",
-                expected="num_tokens >= 0 and hidden_size >= 1",
-                got=f"num_tokens {self.num_tokens}, hidden_size {self.hidden_size}",
+                expected="whole numbers, num_tokens >= 0 and hidden_size >= 1",
+                got=f"num_tokens {self.num_tokens!r}, hidden_size {self.hidden_size!r}",
             )
 
     @property

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
+from fusewise.backends.native.fp8 import Fp8
 from fusewise.errors import InputError
 from fusewise.run import runs
 from fusewise.run.border import like_these, on_aligned, unknown, usable
+from fusewise.run.operators import Communicator
 from fusewise.run.runs import Run
 
 CPU = torch.device("cpu")
@@ -83,3 +86,52 @@ def test_a_gradient_is_refused_where_it_would_be_recorded() -> None:
         usable(x, "x", CPU)
     with torch.no_grad():
         assert usable(x, "x", CPU) is x
+
+
+@pytest.fixture(scope="module")
+def alone() -> Iterator[Communicator]:
+    """A group of one, which checks what it is given as any other does."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        with Communicator() as made:
+            yield made
+    finally:
+        dist.destroy_process_group()
+
+
+NONSENSE: dict[str, tuple[dict[str, Any], str]] = {
+    "negative eps": ({"eps": -1}, "eps: expected a finite number >= 0, got -1"),
+    "eps that is none": ({"eps": float("nan")}, "got nan"),
+    "eps in words": ({"eps": "a"}, "got 'a'"),
+    "x in a list": ({"x": [[0.0]]}, "x is no tensor: expected a torch.Tensor, got list"),
+    "x of numpy": ({"x": torch.zeros(4, H).numpy()}, "x is no tensor: .* got ndarray"),
+    "residual in a list": ({"residual": [[0.0]]}, "residual is no tensor: .* got list"),
+    "no weight": ({"weight": None}, "weight is no tensor: .* got NoneType"),
+    "fp8 in words": ({"fp8": "static"}, "fp8: expected an Fp8, .* got 'static'"),
+    "a scale in words": ({"fp8": Fp8("static"), "static_scale": 1.0}, "static_scale: .* got float"),
+}
+
+
+@pytest.mark.parametrize("name", list(NONSENSE))
+def test_nonsense_is_an_input_error_that_says_what_came(alone: Communicator, name: str) -> None:
+    given, text = NONSENSE[name]
+    with pytest.raises(InputError, match=text):
+        alone.all_reduce_rms_norm(**(operands() | given))
+    if "x" in given:
+        with pytest.raises(InputError, match=text):
+            alone.all_reduce(given["x"])
+
+
+def test_a_residual_that_is_no_tensor_does_not_fit_a_known_shape() -> None:
+    assert not Run(lambda *_: None, CPU).takes(**(operands() | {"residual": [[0.0]]}))
+
+
+@pytest.mark.parametrize("timeout_s", [0, -1.0, float("nan"), float("inf"), "a", None])
+def test_a_bound_that_bounds_nothing_is_refused(timeout_s: Any) -> None:
+    with pytest.raises(InputError, match=r"a bound is not positive: .* timeout_s="):
+        Communicator(timeout_s=timeout_s)
+
+
+def test_a_decision_is_about_a_shape(alone: Communicator) -> None:
+    with pytest.raises(InputError, match=r"shape: expected a fusewise.Shape, got \(4, 2048\)"):
+        alone.decide("all_reduce_rms_norm", (4, 2048))  # type: ignore[arg-type]

@@ -47,7 +47,9 @@ def test_message_bytes_and_token_caps() -> None:
     assert tokens_at(262143, 2048) == 63
 
 
-@pytest.mark.parametrize(("tokens", "hidden"), [(-1, 8), (1, 0)])
+@pytest.mark.parametrize(
+    ("tokens", "hidden"), [(-1, 8), (1, 0), (1.5, 8), (1, 8.0), ("1", 8), (1, None)]
+)
 def test_a_shape_out_of_range_is_refused(tokens: int, hidden: int) -> None:
     with pytest.raises(InputError, match="shape out of range"):
         Shape(tokens, hidden)

@@ -6,6 +6,7 @@ tenth of it, for tensors that come again with the properties of those before.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -51,7 +52,7 @@ def ready(x: Tensor, residual: Tensor | None, weight: Tensor | None, here: torch
             return False
         tensors.append(weight)
     if residual is not None:
-        if residual.shape != x.shape:
+        if not isinstance(residual, Tensor) or residual.shape != x.shape:
             return False
         tensors.append(residual)
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
@@ -69,6 +70,8 @@ def rows_of(x: Tensor, name: str, device: torch.device) -> Tensor:
 
 def usable(x: Tensor, name: str, device: torch.device) -> Tensor:
     """Of a known dtype, here, contiguous, aligned; a copy only where it must be."""
+    if not isinstance(x, Tensor):
+        raise no_tensor(name, x)
     if x.dtype not in DTYPE_NAMES or x.device != device or x.ndim == 0:
         raise InputError(
             f"{name} cannot be reduced",
@@ -88,6 +91,35 @@ def on_aligned(call: Callable[..., Any]) -> Callable[..., Any]:
 def aligned(x: Tensor) -> Tensor:
     """At an address that a kernel's widest access allows; a copy where it is not."""
     return x.clone() if x.data_ptr() % ALIGNMENT else x
+
+
+def check_bounds(max_message_bytes: int, max_hidden_size: int, timeout_s: float) -> None:
+    """What a communicator is sized and timed by."""
+    bounds = max_message_bytes, max_hidden_size, timeout_s
+    if not all(_finite(bound) and bound > 0 for bound in bounds):
+        raise InputError(
+            "a bound is not positive",
+            expected="finite numbers > 0",
+            got=f"{max_message_bytes=}, {max_hidden_size=}, {timeout_s=}",
+        )
+
+
+def check_eps(eps: float) -> None:
+    """Refuses what makes a norm of nothing: looked at where a shape is new, not at every call."""
+    if not _finite(eps) or eps < 0:
+        raise InputError("eps", expected="a finite number >= 0", got=repr(eps))
+
+
+def _finite(value: Any) -> bool:
+    try:
+        return math.isfinite(value)
+    except (TypeError, OverflowError):
+        return False
+
+
+def no_tensor(name: str, got: object) -> InputError:
+    """The error for something else where a tensor is needed."""
+    return InputError(f"{name} is no tensor", expected="a torch.Tensor", got=type(got).__name__)
 
 
 def no_gradient(name: str) -> InputError:

@@ -25,7 +25,7 @@ from fusewise.profiles.schema import Profile
 from fusewise.ranks.agreement import fingerprint_of
 from fusewise.ranks.group import Group
 from fusewise.run import registry
-from fusewise.run.border import ROWS, mismatch, rows_of, usable
+from fusewise.run.border import ROWS, check_bounds, check_eps, mismatch, no_tensor, rows_of, usable
 from fusewise.run.debug import compare_calls, described
 from fusewise.run.paths import Paths
 from fusewise.run.runs import Runs
@@ -71,11 +71,7 @@ class Communicator:
         max_hidden_size: int = _MAX_HIDDEN_SIZE,
         timeout_s: float = 120.0,
     ) -> None:
-        if min(max_message_bytes, max_hidden_size, timeout_s) <= 0:
-            raise InputError(
-                "a bound is not positive",
-                got=f"{max_message_bytes=}, {max_hidden_size=}, {timeout_s=}",
-            )
+        check_bounds(max_message_bytes, max_hidden_size, timeout_s)
         self.group = group if isinstance(group, Group) else Group(group, timeout_s=timeout_s)
         self.node = fingerprint_of(self.group)
         excluded = select([without] if isinstance(without, str) else without)
@@ -114,7 +110,10 @@ class Communicator:
         if is_compiling():
             reduced: Tensor = torch.ops.fusewise.all_reduce(x, self._name_in_graph())
             return reduced
-        shape = x.shape
+        try:
+            shape = x.shape
+        except AttributeError:
+            raise no_tensor("x", x) from None
         run = self._runs.get((shape, x.dtype))
         if run is not None and (run.seen(x) or run.takes(x)):
             summed: Tensor = run.call(x)
@@ -174,7 +173,10 @@ class Communicator:
                 x, residual, weight, eps, weight_bias, self._name_in_graph()
             )
             return both
-        shape = x.shape
+        try:
+            shape = x.shape
+        except AttributeError:
+            raise no_tensor("x", x) from None
         bare, biased = residual is None, weight_bias != 0.0
         run = self._runs.get((shape, x.dtype, bare, biased))
         if run is not None and (
@@ -183,7 +185,7 @@ class Communicator:
         ):
             results: tuple[Tensor, Tensor] = run.call(x, residual, weight, eps, weight_bias)
             return results
-        rows, residual, weight = self._usable(x, residual, weight)
+        rows, residual, weight = self._usable(x, residual, weight, eps)
         if self.group.world_size == 1 or rows.numel() == 0:
             out, total = _alone(rows, residual, weight, eps, weight_bias)
         else:
@@ -211,7 +213,7 @@ class Communicator:
             return Fp8Result(quantised, scales, total, norm if fp8.keep_norm else None)
         check_static_scale(fp8, static_scale, self._device)
         kind = residual is None, weight_bias != 0.0
-        rows, residual, weight = self._usable(x, residual, weight)
+        rows, residual, weight = self._usable(x, residual, weight, eps)
         if self.group.world_size == 1 or rows.numel() == 0:
             alone = _alone(rows, residual, weight, eps, weight_bias)
             result = fp8.result_of(*alone, static_scale)
@@ -221,22 +223,27 @@ class Communicator:
         return result if x.ndim == ROWS else result.in_shape(x.shape)
 
     def _usable(
-        self, x: Tensor, residual: Tensor | None, weight: Tensor
+        self, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float
     ) -> tuple[Tensor, Tensor | None, Tensor]:
         """The operands as kernels take them; copies where they must be, an error where none can."""
         rows = rows_of(x, "x", self._device)
+        check_eps(eps)
         if residual is not None:
+            if not isinstance(residual, torch.Tensor):
+                raise no_tensor("residual", residual)
             if residual.shape != x.shape or residual.dtype != x.dtype:
                 raise mismatch("residual", residual, x.shape, x.dtype)
             residual = rows_of(residual, "residual", self._device)
         if not isinstance(weight, torch.Tensor):
-            raise InputError("weight is no tensor", got=type(weight).__name__)
+            raise no_tensor("weight", weight)
         if weight.ndim != 1 or weight.numel() != rows.shape[1] or weight.dtype != x.dtype:
             raise mismatch("weight", weight, rows.shape[1:], x.dtype)
         return rows, residual, usable(weight, "weight", self._device)
 
     def decide(self, op: Op, shape: Shape) -> Band:
         """The band that answers for a shape, as the plan has it (``explain`` prints the same)."""
+        if not isinstance(shape, Shape):
+            raise InputError("shape", expected="a fusewise.Shape", got=repr(shape))
         return self._paths.decide(known_op(op), shape)
 
     @contextlib.contextmanager

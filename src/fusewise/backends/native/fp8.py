@@ -99,14 +99,18 @@ def check_static_scale(fp8: Fp8, static_scale: Tensor | None, device: torch.devi
     """Checks that a scale is given exactly when it is needed.
 
     Raises:
-        InputError: missing, superfluous, or not one fp32 number on the device.
+        InputError: missing, superfluous, or not one fp32 number on the device; ``fp8`` is no Fp8.
     """
+    if not isinstance(fp8, Fp8):
+        raise InputError("fp8", expected="an Fp8, such as Fp8('token')", got=repr(fp8))
     if (fp8.scaling == "static") != (static_scale is not None):
         raise InputError(
             f"{fp8.scaling} scaling",
             expected="a static_scale with scaling='static', none otherwise",
             got="none" if static_scale is None else "one",
         )
+    if static_scale is not None and not isinstance(static_scale, torch.Tensor):
+        raise InputError("static_scale", expected="a tensor", got=type(static_scale).__name__)
     if static_scale is not None and (
         static_scale.numel() != 1
         or static_scale.dtype != torch.float32
