@@ -276,3 +276,25 @@ def test_packaged_profiles_are_all_valid_and_found_by_name() -> None:
         assert store.load(name).provenance.origin == "published"
     with pytest.raises(ProfileError, match="nvidia-h200-tp8"):
         store.load("nvidia-h2000")
+
+
+def test_every_path_of_a_variable_may_begin_with_the_home(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from fusewise.backends.native.cuda.cubin_cache import default_folder
+    from fusewise.commands import measuring
+
+    monkeypatch.setenv("HOME", str(tmp_path))
+    names = ("HOME", "SITE_DIR", "CACHE_DIR", "PROFILE", "MEASURING_LOCK")
+    environ = {f"FUSEWISE_{name}": f"~/{name}" for name in names}
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(measuring, "busy", list)
+    assert store.user_dir(environ) == tmp_path / "HOME" / "profiles"
+    assert store.site_dir(environ) == tmp_path / "SITE_DIR"
+    assert default_folder() == tmp_path / "CACHE_DIR" / "cubins"
+    (tmp_path / "PROFILE").write_text(GOOD.to_json())
+    assert store.find_profile(NODE, "bfloat16", environ=environ).profile == GOOD
+    with measuring.alone():
+        assert (tmp_path / "MEASURING_LOCK").exists()
+    assert store.site_dir({"FUSEWISE_SITE_DIR": "~nobody.there"}) == Path("~nobody.there")

@@ -38,7 +38,7 @@ def alone() -> Iterator[None]:
     if under_torchrun() and os.environ.get("LOCAL_RANK", "0") != "0":
         yield
         return
-    file = Path(os.environ.get("FUSEWISE_MEASURING_LOCK") or _LOCK)
+    file = private.variables_path(os.environ.get("FUSEWISE_MEASURING_LOCK") or _LOCK)
     wait_s = _TORCHRUN_WAIT_S if under_torchrun() else _WAIT_S
     with _lock(file, wait_s):
         for line in busy():

@@ -29,6 +29,7 @@ from fusewise.node import HARDWARE, Fingerprint
 from fusewise.profiles import history
 from fusewise.profiles.match import as_it_counts, software_differences
 from fusewise.profiles.merge import differences, extended
+from fusewise.profiles.private import variables_path
 from fusewise.profiles.schema import MAX_PROFILE_BYTES, Profile, parse_profile, profile_file_name
 from fusewise.shape import DType
 
@@ -55,14 +56,22 @@ class Resolution:
 def user_dir(environ: Mapping[str, str] = os.environ) -> Path:
     """The user's profiles: ``$FUSEWISE_HOME/profiles`` or the platform's data directory."""
     home = environ.get("FUSEWISE_HOME")
-    base = Path(home) if home else Path(platformdirs.user_data_dir("fusewise", appauthor=False))
+    base = (
+        variables_path(home)
+        if home
+        else Path(platformdirs.user_data_dir("fusewise", appauthor=False))
+    )
     return base / "profiles"
 
 
 def site_dir(environ: Mapping[str, str] = os.environ) -> Path:
     """The site's profiles: ``$FUSEWISE_SITE_DIR`` or the platform's site directory."""
     site = environ.get("FUSEWISE_SITE_DIR")
-    return Path(site) if site else Path(platformdirs.site_config_dir("fusewise")) / "profiles"
+    return (
+        variables_path(site)
+        if site
+        else Path(platformdirs.site_config_dir("fusewise")) / "profiles"
+    )
 
 
 def packaged_names() -> list[str]:
@@ -94,7 +103,7 @@ def load_variable(name: str) -> Profile:
         ProfileError: as ``load``, and the message names the variable.
     """
     try:
-        return load(name)
+        return load(variables_path(name))
     except ProfileError as error:
         raise error.about("FUSEWISE_PROFILE") from error
 
