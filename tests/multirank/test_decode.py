@@ -28,7 +28,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, Any], 
     profile = folder / "profile.json"
     profile.write_text(boundary_profile(4, 64).to_json())
     words = (
-        f"--layers 1 --batches {BATCH} --prefill {PREFILL} --steps 2 --repeats 3 --context 4 "
+        f"--layers 1 --batches {BATCH} --prefill {PREFILL} --steps 2 --repeats 5 --context 4 "
         f"--engine-cap 1K --profile {profile} --output {folder / 'run.json'} "
         f"--plot {folder / 'run.svg'}"
     )

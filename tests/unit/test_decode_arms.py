@@ -127,13 +127,13 @@ def test_the_document_keeps_every_round() -> None:
     "change",
     [
         {"model": "gpt"}, {"num_layers": 0}, {"batches": (0,)}, {"batches": ()}, {"steps": 0},
-        {"repeats": 0}, {"context": 0}, {"prefill_tokens": (2**21,)},
+        {"repeats": 4}, {"context": 0}, {"prefill_tokens": (2**21,)},
     ],
 )  # fmt: skip
 def test_settings_out_of_range_are_refused(change: dict[str, object]) -> None:
     good: dict[str, object] = {
         "model": "tiny", "num_layers": 1, "dtype": "float32", "batches": (1,),
-        "prefill_tokens": (), "steps": 1, "repeats": 1, "context": 1, "compiler": "interpreted",
+        "prefill_tokens": (), "steps": 1, "repeats": 5, "context": 1, "compiler": "interpreted",
     }  # fmt: skip
     DecodeSettings(**good)  # type: ignore[arg-type]
     with pytest.raises(InputError):

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from fusewise.commands.options import bordered, resolve_or_fail, tell
+from fusewise.commands.options import bordered, check_output, resolve_or_fail, tell
 from fusewise.commands.question import Question, asks
 from fusewise.profiles.plan import derive
 
@@ -32,6 +32,7 @@ def report(
     from fusewise.report.advice import of_all_engines, of_engine  # what draws is read when needed
     from fusewise.report.html import page
 
+    check_output(None if output == _STDOUT else output)
     found = resolve_or_fail(question.profile, question.dtype, question.tp, question.strict)
     assert found.profile is not None
     profile = found.profile

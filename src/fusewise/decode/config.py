@@ -8,6 +8,7 @@ from typing import Literal
 from fusewise.decode.models import shape_named
 from fusewise.errors import InputError
 from fusewise.shape import DType, Shape
+from fusewise.tune.settings import MIN_ROUNDS
 
 Compiler = Literal["inductor", "interpreted"]
 
@@ -58,9 +59,12 @@ class DecodeSettings:
             raise InputError(
                 "batch or prefill size out of range", expected="1 to 1M", got=str(sizes)
             )
-        counts = {"steps": self.steps, "repeats": self.repeats, "context": self.context}
+        counts = {"steps": self.steps, "context": self.context}
         if any(not 1 <= count <= 10**6 for count in counts.values()):
             raise InputError("counts out of range", expected="1 to 1000000", got=str(counts))
+        if not MIN_ROUNDS <= self.repeats <= 1001:
+            expected = f"{MIN_ROUNDS} to 1001, for an interval"
+            raise InputError("repeats out of range", expected=expected, got=str(self.repeats))
 
     @property
     def hidden_size(self) -> int:

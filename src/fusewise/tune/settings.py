@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from fusewise.errors import InputError
 from fusewise.shape import DType, Shape, format_size
 
+MIN_ROUNDS = 5  # of fewer, an interval is little more than the observations themselves
 ROUNDS = 21  # odd: the median is an observation; 95 % of the bootstrap lies within ranks 6..16
 # The hidden sizes of vLLM issue 44079 and of the packaged two-GPU profile.
 GPU_HIDDEN_SIZES = (2048, 4096, 7168)
@@ -52,8 +53,9 @@ class Settings:
             )
         if not 0 < self.budget_s <= 86_400:
             raise InputError("budget out of range", expected="0 to 24 h", got=f"{self.budget_s} s")
-        if not 5 <= self.rounds <= 1001:
-            raise InputError("rounds out of range", expected="5 to 1001", got=str(self.rounds))
+        if not MIN_ROUNDS <= self.rounds <= 1001:
+            expected = f"{MIN_ROUNDS} to 1001"
+            raise InputError("rounds out of range", expected=expected, got=str(self.rounds))
 
     @property
     def max_shape(self) -> Shape:
