@@ -12,7 +12,7 @@ EXIT_CODES = {
     2: "bad input: an unknown name, a size, a shape, an option",
     3: "unavailable: this machine cannot do that, or a file cannot be written",
     4: "ranks failed, died, disagreed or did not answer in time",
-    5: "a profile is broken, missing, or of another node",
+    5: "a profile is broken, missing, stale or of another node",
     6: "a result was wrong",
     7: "a check that was asked for did not pass (audit --check)",
     130: "interrupted",
