@@ -105,6 +105,8 @@ def test_markdown_has_one_rule_and_as_many_cells_in_every_row():
         (False, "", "no"),
         ("two\nlines", "", "two lines"),
         ("\x1b[2Jgone", "", "\\x1b[2Jgone"),
+        ("\u202aa\u202e, \u2066b\u2069", "", "\\u202aa\\u202e, \\u2066b\\u2069"),
+        ("\u202f\u2065\u206a", "", "\u202f\u2065\u206a"),
     ],
 )
 def test_cells(value, form, text):

@@ -22,7 +22,8 @@ FORMATS: tuple[Format, ...] = get_args(Format)
 
 SCHEMA_VERSION = 1  # of the JSON documents; grows when a field goes or changes its meaning
 UNBROKEN_CHARS = 32  # the longest path name is 28
-_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+# C0, DEL and C1; and Unicode's bidirectional controls, which make text read as it is not written.
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 
 @dataclass(frozen=True)
@@ -180,8 +181,12 @@ def cell_text(value: Any, form: str = "") -> str:
 
 
 def printable(text: str) -> str:
-    """``text`` with control characters spelled out: ``\\x1b``."""
-    return _CONTROL.sub(lambda match: f"\\x{ord(match[0]):02x}", text)
+    """``text`` with control characters spelled out: ``\\x1b``, ``\\u202e``."""
+    return _CONTROL.sub(lambda match: _spelled(ord(match[0])), text)
+
+
+def _spelled(code: int) -> str:
+    return f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}"
 
 
 def cells(section: Section) -> list[list[str]]:
