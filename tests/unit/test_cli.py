@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from fusewise.commands import options
+from fusewise.commands import measuring, options
 from fusewise.commands.after_tune import picture_of
 from fusewise.errors import InputError
 from fusewise.node import probe
@@ -81,6 +81,11 @@ def test_this_nodes_own_profile_answers_without_being_named() -> None:
     beyond = answer("explain", "1M")
     assert (beyond["path"], beyond["level"]) == (gloo, "engine default")
     assert "was not measured" in run("explain", "4K", "--hidden", "4096")[0]
+    assert found["note"] is None
+    small = answer("explain", "4095")
+    assert small["note"] == "smaller than one token (4096 bytes at hidden 2048): no model sends it"
+    assert (small["num_tokens"], found["num_tokens"]) == (0, 1)
+    assert "tokens" not in run("explain", "4095")[0].replace("token (", "")
     assert "is for bfloat16" not in run("explain", "4K", "--dtype", "fp16")[0]
 
 
@@ -111,7 +116,6 @@ def test_report_writes_the_page_with_what_to_do(tmp_path: Path) -> None:
     run("report", *SEED, "--cap", "128K", "-o", str(page))
     assert "(131072 bytes)" in page.read_text()
     assert "512K" in page.read_text()
-    run("report", *SEED, "-o", "/nope/p.html", code=3)
     run("report", *SEED, "--engine", "nobody", "-o", str(tmp_path / "q.html"), code=2)
     assert not (tmp_path / "q.html").exists()
 
@@ -175,11 +179,13 @@ def test_a_picture_without_matplotlib_asks_for_the_extra_before_anything_starts(
     ],
 )
 def test_bad_words_end_with_a_code_and_a_reason_before_anything_starts(
-    arguments: tuple[str, ...], code: int, text: str
+    arguments: tuple[str, ...], code: int, text: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(measuring, "busy", lambda: ["busy"])
     out, err = run(*arguments, code=code)
     assert out == ""
     assert text in err
+    assert "busy" not in err, "nobody needs to know yet"
 
 
 READING = (

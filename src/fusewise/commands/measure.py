@@ -87,15 +87,19 @@ def tune(
     history.private_directory(folder)
     kinds = dtypes(dtype)
     pictures = {one: picture_of(plot, one, kinds) for one in kinds} if plot is not None else {}
-    with alone(), _team(tp) as team:
+    with _team(tp) as team:
+        asked = [
+            _settings(team, hidden, one, min_size, max_size, budget, rounds, without)
+            for one in kinds
+        ]
         made: list[Profile] = []
         missed: list[str] = []
-        for one in kinds:
-            settings = _settings(team, hidden, one, min_size, max_size, budget, rounds, without)
-            with kept_so_far(made):
-                profile = _tuned(team, settings, folder, fresh, missed)
-            if profile is not None:
-                made.append(profile)
+        with alone():
+            for settings in asked:
+                with kept_so_far(made):
+                    profile = _tuned(team, settings, folder, fresh, missed)
+                if profile is not None:
+                    made.append(profile)
         if not made or (team.world is not None and team.world.rank):
             return
         parts = [part for one in made for part in tables(one, derive(one))]

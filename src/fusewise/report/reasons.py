@@ -47,6 +47,20 @@ class Reasons:
         return self.found.level if measured else "engine default"
 
     @property
+    def num_tokens(self) -> int:
+        """Whole rows of the message."""
+        return tokens_at(self.message_bytes, self.row.hidden_size, self.row.dtype)
+
+    @property
+    def note(self) -> str | None:
+        """What the nearest measurement says of itself, and whether anybody sends such a message."""
+        told = [self.nearest.note] if self.nearest is not None and self.nearest.note else []
+        if not self.num_tokens:
+            row = f"{self.row.row_bytes} bytes at hidden {self.row.hidden_size}"
+            told.append(f"smaller than one token ({row}): no model sends it")
+        return "; ".join(told) or None
+
+    @property
     def verdict(self) -> str | None:
         """On fusing; None where there is nothing to fuse."""
         return self.band.verdict if self.band is not None and self.op == FUSABLE else None
@@ -118,7 +132,7 @@ def _record(answer: Reasons) -> dict[str, Any]:
     exact = point.gain if point else None
     return {
         "message_bytes": answer.message_bytes,
-        "num_tokens": _tokens(answer),
+        "num_tokens": answer.num_tokens,
         "hidden_size": answer.row.hidden_size,
         "dtype": answer.row.dtype,
         "op": answer.op,
@@ -137,7 +151,7 @@ def _record(answer: Reasons) -> dict[str, Any]:
         "gain_us": exact.median if exact else None,
         "gain_low_us": gain.low if gain else None,
         "gain_high_us": gain.high if gain else None,
-        "note": point.note or None if point else None,
+        "note": answer.note,
         "accumulation": numerics.accumulation if numerics else None,
         "order": numerics.order if numerics else None,
         "rounds_sum": numerics.rounds_sum if numerics else None,
@@ -162,16 +176,12 @@ def _fastest_first(point: Point) -> list[tuple[str, float]]:
     return sorted(point.medians_us.items(), key=lambda item: item[1])
 
 
-def _tokens(answer: Reasons) -> int:
-    return tokens_at(answer.message_bytes, answer.row.hidden_size, answer.row.dtype)
-
-
 def _shown(answer: Reasons) -> list[tuple[str, Any]]:
     band, table, point = answer.band, answer.table, answer.nearest
     size, asked = answer.message_bytes, answer.row.hidden_size
     shown: list[tuple[str, Any]] = [
         ("size", f"{format_size(size)} ({size} bytes)"),
-        ("tokens", _tokens(answer)),
+        ("tokens", answer.num_tokens or None),
         ("operation", answer.op),
         ("path", answer.path),
         ("verdict", answer.verdict),
@@ -195,8 +205,8 @@ def _shown(answer: Reasons) -> list[tuple[str, Any]]:
             ("hidden size", str(asked) if table.hidden_size == asked else other),
             ("nearest measured", f"{format_size(point.shape.message_bytes)}: {times}"),
             ("gain of fusing", _gain(point.gain, answer.gain)),
-            ("note", point.note or None),
         ]
+    shown.append(("note", answer.note))
     if answer.numerics is not None:
         shown.append(
             ("numerics", ", ".join(f"{k} {v}" for k, v in answer.numerics.model_dump().items()))
