@@ -298,3 +298,20 @@ def test_every_path_of_a_variable_may_begin_with_the_home(
     with measuring.alone():
         assert (tmp_path / "MEASURING_LOCK").exists()
     assert store.site_dir({"FUSEWISE_SITE_DIR": "~nobody.there"}) == Path("~nobody.there")
+
+
+@pytest.mark.parametrize("mode", [0o777, 0o770, 0o702])
+def test_a_folder_that_others_may_write_is_not_searched(environ: dict[str, str], mode: int) -> None:
+    path = place(environ)
+    place(environ, "site")
+    for readable in (0o700, 0o755):
+        path.parent.chmod(readable)
+        assert store.find_profile(NODE, "bfloat16", environ=environ).level == "user profile"
+    path.parent.chmod(mode)
+    found = store.find_profile(NODE, "bfloat16", environ=environ)
+    assert found.level == "site profile"
+    (note,) = (note for note in found.notes if "passed over" in note)
+    assert f"has mode {mode:o}: others may write there" in note and "chmod go-w" in note
+    for named in ({"flag": str(path)}, {"argument": str(path)}):
+        assert store.find_profile(NODE, "bfloat16", environ=environ, **named).profile == GOOD
+    assert store.find_profile(NODE, "float16", environ=environ).notes == ()

@@ -50,6 +50,17 @@ def why_not_private(folder: Path, forbidden: int, *, follow: bool = True) -> str
     return None
 
 
+def open_to_others(folder: Path) -> str | None:
+    """How others may write there, in words; None if they may not, or it is absent."""
+    try:
+        mode = folder.stat().st_mode
+    except OSError:
+        return None
+    return (
+        f"has mode {stat.S_IMODE(mode):o}: others may write there" if mode & OTHERS_WRITE else None
+    )
+
+
 def write_whole(target: Path, content: bytes) -> None:
     """Replaces ``target`` at once: temporary file beside it, fsync, rename. Mode 0600.
 

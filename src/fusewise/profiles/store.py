@@ -29,7 +29,7 @@ from fusewise.node import HARDWARE, Fingerprint
 from fusewise.profiles import history
 from fusewise.profiles.match import as_it_counts, software_differences
 from fusewise.profiles.merge import differences, extended
-from fusewise.profiles.private import variables_path
+from fusewise.profiles.private import open_to_others, variables_path
 from fusewise.profiles.schema import MAX_PROFILE_BYTES, Profile, parse_profile, profile_file_name
 from fusewise.shape import DType
 
@@ -185,6 +185,10 @@ def _candidates(
     for level, folder in folders:
         path = folder / profile_file_name(node, dtype)
         if os.path.lexists(path):
+            # What searching finds decides what an engine runs, and nobody asked for it by name.
+            if level == "user profile" and (reason := open_to_others(folder)):
+                notes.append(f"{level} passed over: {folder} {reason}. Run: chmod go-w {folder}")
+                continue
             try:
                 yield level, str(path), parse_profile(_read(path), str(path))
             except ProfileError as error:
