@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from typing import Any
 
 import pytest
@@ -32,7 +33,18 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, Any], 
         f"--engine-cap 1K --profile {profile} --output {folder / 'run.json'} "
         f"--plot {folder / 'run.svg'}"
     )
-    result = CliRunner().invoke(app, words.split())
+    usual = os.dup(2)  # the ranks write there too
+    with (folder / "log").open("wb") as log:
+        os.dup2(log.fileno(), 2)
+        try:
+            result = CliRunner().invoke(app, words.split())
+        finally:
+            os.dup2(usual, 2)
+            os.close(usual)
+    said = (folder / "log").read_text().splitlines()
+    graphs = [line for line in said if line.startswith("graph ")]
+    assert len(graphs) == len(set(graphs)) == 2, "the prefill and the step, of rank 0"
+    assert not any("FutureWarning" in line for line in said)
     assert result.exit_code == 0, result.output
     document = json.loads((folder / "run.json").read_text())
     return result.stdout, document, (folder / "run.svg").read_bytes()

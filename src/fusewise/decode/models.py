@@ -6,6 +6,7 @@ it. Nothing is downloaded: shapes come from here, weights from a seeded generato
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -130,6 +131,12 @@ def build_model(
         )
     _draw_norm_weights(model, seed)
     return model.eval()
+
+
+def cache_name(model: Any) -> str:
+    """What the model's ``forward`` calls its cache; transformers 5.24 renamed it."""
+    known = inspect.signature(model.forward).parameters
+    return "cache" if "cache" in known else "past_key_values"
 
 
 def _draw_norm_weights(model: Any, seed: int) -> None:

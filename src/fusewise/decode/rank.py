@@ -5,6 +5,7 @@ Every arm's logits are compared with the unfused arm's before anything is timed.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -38,6 +39,8 @@ def decode_rank(worker: Worker, request: dict[str, Any]) -> dict[str, Any] | Non
     """The job: rows of every arm on rank 0, None elsewhere."""
     settings = DecodeSettings(**request["settings"])
     plans = {name: Plan.from_dict(plan) for name, plan in request["plans"].items()}
+    if worker.rank:  # all ranks compile the same graphs; rank 0 tells of them
+        logging.getLogger("fusewise").setLevel(logging.ERROR)
     torch.set_grad_enabled(False)
     torch._dynamo.config.recompile_limit = 64  # kinds of graphs × one batch and many
     worker.phase("build the model", None, _BUILD_S)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from fusewise.decode.config import DecodeSettings
+from fusewise.decode.models import cache_name
 from fusewise.graph.api import compile as compile_model
 from fusewise.graph.api import names_of
 from fusewise.graph.decide import Choice
@@ -50,6 +51,7 @@ class Compiled:
 
     def __init__(self, model: Any, group: Group, baseline: str, settings: DecodeSettings) -> None:
         self.model, self.settings = model, settings
+        self.cache_name = cache_name(model)
         self._group, self._names, self._baseline = group.name, names_of(group.ranks), baseline
         self._steps: dict[tuple[str, Choice], Callable[..., Tensor]] = {}
         self.passes: dict[Choice, FusionPass] = {}
@@ -74,7 +76,9 @@ class Compiled:
         return compile_model(function, fusion=fusion, fullgraph=True)
 
     def _step(self, ids: Tensor, cache: Any) -> Tensor:
-        out = self.model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        out = self.model(
+            input_ids=ids, use_cache=True, logits_to_keep=1, **{self.cache_name: cache}
+        )
         logits: Tensor = out.logits[:, -1]
         return logits
 
@@ -97,7 +101,7 @@ class Batch:
         self.ids = self.start.clone()
         self.cache: Any = StaticCache(config=compiled.model.config, max_cache_len=length)
         # Outside of any compiled region: the first update allocates the cache.
-        compiled.model(input_ids=self.ids, past_key_values=self.cache, use_cache=True)
+        compiled.model(input_ids=self.ids, use_cache=True, **{compiled.cache_name: self.cache})
         self._context = settings.context
         self.reset()
 
