@@ -93,7 +93,9 @@ def json_of(command: str) -> Any:
 @pytest.fixture(autouse=True)
 def _clean(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("FUSEWISE_HOME", "home")  # doctor shows it: no folder wider than a terminal
+    # doctor shows them, and a path is never cut: none wider than a terminal
+    monkeypatch.setenv("FUSEWISE_HOME", "home")
+    monkeypatch.setenv("FUSEWISE_MEASURING_LOCK", "measuring.lock")
 
 
 @pytest.mark.parametrize("command", documented())
