@@ -122,12 +122,19 @@ def test_closed_ones_are_not_looked_at_and_the_others_still_are(
 
 
 def test_a_listener_that_fails_does_not_end_the_watch(caplog: pytest.LogCaptureFixture) -> None:
-    first, second, heard = page(), page(), threading.Event()
+    first, second = page(), page()
+    called, heard = threading.Event(), threading.Event()
     failing, other = pulse_on(first), pulse_on(second)
-    failing.on_death(lambda error: 1 / 0)  # type: ignore[arg-type,return-value]
+
+    def fail(error: RankTimeoutError) -> None:
+        called.set()
+        raise ZeroDivisionError
+
+    failing.on_death(fail)
     other.on_death(lambda error: heard.set())
     die(first)
-    die(second)
+    assert called.wait(BOUND_S)
+    die(second)  # only now: a look that had passed the first would tell of the second before it
     assert heard.wait(BOUND_S)
     assert "ZeroDivisionError" in caplog.text
 

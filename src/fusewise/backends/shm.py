@@ -39,6 +39,8 @@ _SHM = Path("/dev/shm")
 _LINE = 64  # bytes of a cache line: one epoch per line, so that posting disturbs no neighbour
 _CHUNK_BYTES = 512 * 1024  # two slots of a few ranks stay in a core's L2 and its L3 share
 _SPINS = 200  # polls between two yields: near 20 µs, above the usual skew of two pinned ranks
+_AWAKE_S = 1e-3  # a peer that is later than this does something else, and may need this core for it
+_NAP_SHARE, _LONGEST_NAP_S = 0.05, 1e-3  # a nap adds at most this share to what was waited so far
 
 
 class OneShot(Backend):
@@ -128,7 +130,7 @@ class OneShot(Backend):
 
     def _wait(self) -> None:
         """Until every rank has posted this epoch; a rank that never does is named."""
-        deadline = 0.0
+        began = 0.0
         for peer in range(self.group.world_size):
             at, spins = peer * _LINE // 8, 0
             while self._epochs[at] < self._epoch:
@@ -136,9 +138,11 @@ class OneShot(Backend):
                 if spins % _SPINS:
                     continue
                 os.sched_yield()
-                now = time.monotonic()
-                deadline = deadline or now + self.group.timeout_s
-                if now > deadline:
+                began = began or time.monotonic()
+                waited_s = time.monotonic() - began
+                if waited_s > _AWAKE_S:
+                    time.sleep(min(_NAP_SHARE * waited_s, _LONGEST_NAP_S))
+                if waited_s > self.group.timeout_s:
                     self._dead = f"rank {self.group.ranks[peer]} did not arrive"
                     raise RankTimeoutError(
                         f"shm.one_shot of {self.group}",
