@@ -18,7 +18,9 @@ from fusewise.ranks.place import PLACES, place_for
 
 # Ranks are forked from a server that has imported torch and has no threads and no CUDA context.
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["torch", "torch.distributed", "fusewise.run.operators"])
+_CONTEXT.set_forkserver_preload(
+    ["torch.distributed", "fusewise.run.operators", "torch._inductor.compile_fx", "tests.frozen"]
+)
 
 
 def _rank_main(

@@ -17,21 +17,23 @@ TUNE = [
 ]  # fmt: skip
 
 
-def _workers(home: Path) -> list[int]:
+def _processes(home: Path, names: tuple[str, ...]) -> list[int]:
+    """Processes so named (``ps -o comm``) that were started with this home."""
     mark, found = f"FUSEWISE_HOME={home}".encode(), []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             zombie = (folder / "stat").read_text().rsplit(")", 1)[1].split()[0] == "Z"
             ours = mark in (folder / "environ").read_bytes()
-            if (
-                ours
-                and not zombie
-                and b"fusewise.ranks.worker" in (folder / "cmdline").read_bytes()
-            ):
+            named = (folder / "comm").read_text().startswith(names)
+            if ours and not zombie and named:
                 found.append(int(folder.name))
         except OSError:  # it ended meanwhile
             continue
     return sorted(found)
+
+
+def _ranks(home: Path) -> list[int]:
+    return _processes(home, ("fusewise-rank",))
 
 
 def _measuring(home: Path) -> subprocess.Popen[str]:
@@ -57,9 +59,9 @@ def _end(process: subprocess.Popen[str]) -> tuple[int, str, str]:
 
 def _gone(home: Path) -> bool:
     deadline = time.monotonic() + 20
-    while _workers(home) and time.monotonic() < deadline:
+    while _processes(home, ("fusewise-", "python")) and time.monotonic() < deadline:
         time.sleep(0.1)
-    return not _workers(home)
+    return not _processes(home, ("fusewise-", "python"))
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -67,7 +69,7 @@ def test_interrupted_means_130_no_profile_and_no_child(
     number: signal.Signals, tmp_path: Path
 ) -> None:
     process = _measuring(tmp_path)
-    assert len(_workers(tmp_path)) == 2
+    assert len(_ranks(tmp_path)) == 2
     process.send_signal(number)
     code, out, err = _end(process)
     assert (code, out) == (130, "")
@@ -78,7 +80,7 @@ def test_interrupted_means_130_no_profile_and_no_child(
 
 def test_a_killed_rank_is_named_and_nothing_is_written(tmp_path: Path) -> None:
     process = _measuring(tmp_path)
-    os.kill(_workers(tmp_path)[-1], signal.SIGKILL)
+    os.kill(_ranks(tmp_path)[-1], signal.SIGKILL)
     code, out, err = _end(process)
     assert (code, out) == (4, "")
     assert "was killed by SIGKILL" in err

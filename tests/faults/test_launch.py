@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from fusewise.errors import InputError, RankError
+from fusewise.ranks.nursery import Nursery
 from fusewise.ranks.place import PLACES
 from fusewise.ranks.supervisor import Failure, run_attempt
 from fusewise.ranks.teams import Team, local_team
@@ -23,18 +24,23 @@ TWO = Team(2, (0, 1), (0, 1), PLACES["cpu"])
 
 def attempt(how: str) -> tuple[Any, list[tuple[int, dict[str, Any]]]]:
     events: list[tuple[int, dict[str, Any]]] = []
-    outcome = run_attempt(
-        TWO, "tests.faults.jobs:misbehave", {"how": how}, lambda r, e: events.append((r, e))
-    )
+    with Nursery() as nursery:
+        outcome = run_attempt(
+            TWO, "tests.faults.jobs:misbehave", {"how": how},
+            lambda r, e: events.append((r, e)), nursery,
+        )  # fmt: skip
     return outcome, events
 
 
 def workers_alive() -> list[str]:
-    """Worker processes of this test run: they carry its pid in their environment."""
+    """Processes that this test run's supervisors started: they carry its pid in their environment.
+
+    A rank has the command line and the environment of what it was forked from.
+    """
     mark, found = f"FUSEWISE_TEST_RUN={os.getpid()}".encode(), []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
-            if b"fusewise.ranks.worker" in (folder / "cmdline").read_bytes():
+            if b"fusewise.ranks.nursery" in (folder / "cmdline").read_bytes():
                 state = (folder / "stat").read_text().rsplit(")", 1)[1].split()[0]
                 if mark in (folder / "environ").read_bytes() and state != "Z":
                     found.append(folder.name)

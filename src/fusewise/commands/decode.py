@@ -232,6 +232,7 @@ def _run(team: Team, settings: DecodeSettings, arms: list[Arm]) -> dict[str, Any
         RankError: a rank failed; the message names it and what it was doing.
     """
     from fusewise.commands.progress import progress
+    from fusewise.ranks.nursery import Nursery
     from fusewise.ranks.supervisor import run_attempt, terminated_like_interrupted
 
     request = {
@@ -239,13 +240,13 @@ def _run(team: Team, settings: DecodeSettings, arms: list[Arm]) -> dict[str, Any
         "plans": {arm.name: arm.plan.to_dict() for arm in arms},
     }
     job = "fusewise.decode.rank:decode_rank"
-    with terminated_like_interrupted(), progress("decode") as listen:
+    with terminated_like_interrupted(), progress("decode") as listen, Nursery() as nursery:
 
         def told(rank: int, event: dict[str, Any]) -> None:
             if rank == 0 and event["kind"] == "progress":
                 listen(event)
 
-        outcome = run_attempt(team, job, request, told, settings.timeout_s)
+        outcome = run_attempt(team, job, request, told, nursery, settings.timeout_s)
     if outcome.failure is not None:
         error = RankError(f"decode stopped: {outcome.failure}")
         error.exit_code = outcome.failure.code

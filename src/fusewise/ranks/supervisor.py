@@ -11,8 +11,6 @@ import json
 import os
 import selectors
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -20,10 +18,11 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from fusewise.errors import RankError
+from fusewise.ranks.nursery import Nursery
 from fusewise.ranks.teams import Team
 from fusewise.ranks.worker import STALL_S
 
-# start: interpreter, torch, CUDA context on a cold disk cache.
+# start: a CUDA context, and providers' libraries on a cold disk.
 _START_S = 180.0
 _POLL_S = 0.2
 
@@ -49,7 +48,8 @@ class Failure:
 @dataclass
 class _Child:
     rank: int
-    process: subprocess.Popen[bytes]
+    nursery: Nursery
+    pid: int
     pipe: int
     deadline: float
     phase: str = "start"
@@ -58,6 +58,7 @@ class _Child:
     result: Any = None
     failure: Failure | None = None
     done: bool = False
+    ended: bool = False  # waited for
 
     def fail(self, kind: Literal["died", "stalled", "error", "stopped"], reason: str) -> None:
         """Marks the end of this rank; the first reason stays."""
@@ -74,7 +75,12 @@ class Outcome:
 
 
 def run_attempt(
-    team: Team, job: str, request: dict[str, Any], on_event: OnEvent, timeout_s: float = 120.0
+    team: Team,
+    job: str,
+    request: dict[str, Any],
+    on_event: OnEvent,
+    nursery: Nursery,
+    timeout_s: float = 120.0,
 ) -> Outcome:
     """Runs ``job`` ("module:function") once on every rank of the team.
 
@@ -86,19 +92,24 @@ def run_attempt(
         job: called as ``function(worker, request)`` in every child.
         request: JSON-like.
         on_event: called with (rank, event) for every event of a supervised rank.
+        nursery: forks the ranks; it may serve further attempts.
         timeout_s: bound of every collective wait inside the children.
     """
     with _rendezvous(team) as (store, host, port):
         children: list[_Child] = []
         try:
             for rank, local_rank in zip(team.ranks, team.local_ranks, strict=True):
+                environment = dict(team.place.environment)
+                if host == "127.0.0.1" and "GLOO_SOCKET_IFNAME" not in os.environ:
+                    environment["GLOO_SOCKET_IFNAME"] = "lo"
                 order = {
                     "job": job, "request": request, "rank": rank, "local_rank": local_rank,
                     "world_size": team.world_size, "device": team.place.device(local_rank),
                     "process_group": team.place.process_group, "store": [host, port],
                     "timeout_s": timeout_s, "threads": _threads_per_rank(team),
+                    "environment": environment,
                 }  # fmt: skip
-                children.append(_start(rank, order, team.place.environment))
+                children.append(_start(order, nursery))
             _watch(children, store, on_event)
         finally:
             for child in children:
@@ -130,26 +141,17 @@ def _threads_per_rank(team: Team) -> int:
     return max(1, (os.cpu_count() or 1) // max(1, len(team.ranks)))
 
 
-def _start(rank: int, order: dict[str, Any], needed: dict[str, str]) -> _Child:
+def _start(order: dict[str, Any], nursery: Nursery) -> _Child:
     receiver, sender = os.pipe()
     os.set_blocking(receiver, False)
-    environment = os.environ | {"PYTHONUNBUFFERED": "1"} | needed
-    if order["store"][0] == "127.0.0.1":
-        environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    process = subprocess.Popen(
-        [sys.executable, "-m", "fusewise.ranks.worker", str(sender)],
-        stdin=subprocess.PIPE,
-        stdout=2,  # stdout is for data; a provider's chatter is not
-        pass_fds=(sender,),
-        env=environment,
-        start_new_session=True,  # Ctrl-C reaches the supervisor only, which then reaps
-    )
-    os.close(sender)
-    child = _Child(rank, process, receiver, time.monotonic() + _START_S)
-    assert process.stdin is not None
-    with process.stdin:
-        process.stdin.write(json.dumps(order).encode() + b"\n")
-    return child
+    try:
+        pid = nursery.fork(order, sender)
+    except BaseException:
+        os.close(receiver)
+        raise
+    finally:
+        os.close(sender)
+    return _Child(order["rank"], nursery, pid, receiver, time.monotonic() + _START_S)
 
 
 def _watch(children: list[_Child], store: Any, on_event: OnEvent) -> None:
@@ -179,7 +181,7 @@ def _read_events(child: _Child, on_event: OnEvent) -> bool:
     chunk = os.read(child.pipe, 1 << 20)
     if not chunk:
         if not child.done:
-            child.fail("died", _how_it_ended(child.process))
+            child.fail("died", _how_it_ended(child))
         return False
     *lines, child.tail = (child.tail + chunk).split(b"\n")
     for line in lines:
@@ -199,11 +201,11 @@ def _read_events(child: _Child, on_event: OnEvent) -> bool:
     return True
 
 
-def _how_it_ended(process: subprocess.Popen[bytes]) -> str:
-    try:
-        code = process.wait(timeout=5)
-    except subprocess.TimeoutExpired:
+def _how_it_ended(child: _Child) -> str:
+    code = child.nursery.wait(child.pid, 5)
+    if code is None:
         return "closed its pipe"
+    child.ended = True
     if code < 0:
         return f"was killed by {signal.Signals(-code).name}"
     return f"exited with {code}"
@@ -212,11 +214,12 @@ def _how_it_ended(process: subprocess.Popen[bytes]) -> str:
 def _reap(child: _Child) -> None:
     """No child and no grandchild survives this."""
     if child.done and child.failure is None:
-        with suppress(subprocess.TimeoutExpired):
-            child.process.wait(timeout=20)  # lets it give back what it holds
+        # Lets it give back what it holds.
+        child.ended = child.nursery.wait(child.pid, 20) is not None
     with suppress(ProcessLookupError):
-        os.killpg(child.process.pid, signal.SIGKILL)
-    child.process.wait()
+        os.killpg(child.pid, signal.SIGKILL)
+    if not child.ended:
+        child.nursery.wait(child.pid, 20)
     os.close(child.pipe)
 
 

@@ -1,24 +1,20 @@
-"""The child side of ``supervisor.py``: one rank, started as ``python -m fusewise.ranks.worker``.
+"""The child side of ``supervisor.py``: one rank, forked by ``nursery.py``.
 
-Reads its order as one JSON line from stdin, joins the group, runs the job named there and reports
-events as JSON lines on a pipe. It dies with its parent and never writes to stdout.
+Gets its order, joins the group, runs the job named there and reports events as JSON lines on a
+pipe. It never writes to stdout.
 """
 
 from __future__ import annotations
 
-import ctypes
 import importlib
 import json
 import os
-import signal
-import sys
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
 from fusewise.errors import FusewiseError
 
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 STALL_S = 60.0  # silence of a rank that a supervisor tolerates, unless a phase allows more
 
 
@@ -45,15 +41,10 @@ class Worker:
         self.emit("phase", text=text, backend=backend, allow_s=allow_s)
 
 
-def main() -> int:
-    """Runs the order on stdin; the exit code says only whether it ended by itself."""
-    parent = os.getppid()
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    order = json.loads(sys.stdin.readline())
-    if os.getppid() != parent:  # the parent went before prctl could tell
-        return 1
-    os.dup2(2, 1)
-    worker = Worker(order["rank"], order["world_size"], order["device"], int(sys.argv[1]))
+def main(order: dict[str, Any], pipe: int) -> int:
+    """Runs the order; the exit code says only whether it ended by itself."""
+    os.environ.update(order["environment"])
+    worker = Worker(order["rank"], order["world_size"], order["device"], pipe)
     try:
         worker.phase("start")
         _join(worker, order)
@@ -96,10 +87,3 @@ def _join(worker: Worker, order: dict[str, Any]) -> None:
         timeout=timeout,
         device_id=device if process_group == "nccl" else None,
     )
-
-
-if __name__ == "__main__":
-    code = main()
-    sys.stderr.flush()
-    # Skips the interpreter's teardown: a backend whose peer died may block in its destructor.
-    os._exit(code)

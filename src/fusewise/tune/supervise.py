@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from fusewise.backends.registry import baselines
 from fusewise.errors import FusewiseError, RankError, UnavailableError
 from fusewise.profiles.schema import Profile, Sample, parse_profile
+from fusewise.ranks.nursery import Nursery
 from fusewise.ranks.supervisor import Failure, run_attempt
 from fusewise.tune.settings import Settings
 
@@ -66,16 +67,17 @@ def until_done(
         RankError: ranks failed for a reason that is no backend's.
     """
     excluded: dict[str, str] = {}
-    while True:
-        outcome = run_attempt(
-            team, job, request | {"excluded": excluded},
-            lambda rank, event: _forward(rank, event, listen), timeout_s,
-        )  # fmt: skip
-        if outcome.failure is None:
-            return outcome.results.get(0)
-        culprit = _culprit(outcome.failure)
-        excluded[culprit] = str(outcome.failure)
-        listen({"kind": "excluded", "backend": culprit, "reason": str(outcome.failure)})
+    with Nursery() as nursery:
+        while True:
+            outcome = run_attempt(
+                team, job, request | {"excluded": excluded},
+                lambda rank, event: _forward(rank, event, listen), nursery, timeout_s,
+            )  # fmt: skip
+            if outcome.failure is None:
+                return outcome.results.get(0)
+            culprit = _culprit(outcome.failure)
+            excluded[culprit] = str(outcome.failure)
+            listen({"kind": "excluded", "backend": culprit, "reason": str(outcome.failure)})
 
 
 def _forward(rank: int, event: dict[str, Any], listen: Listener) -> None:

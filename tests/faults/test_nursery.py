@@ -1,0 +1,68 @@
+"""The process that ranks are forked from: what it says when it or a rank is gone."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from fusewise.errors import RankError
+from fusewise.ranks.nursery import Nursery
+
+BROKEN: dict[str, Any] = {"rank": 3}  # a rank that ends at once: its order is not whole
+
+
+@pytest.fixture
+def nursery() -> Iterator[Nursery]:
+    with Nursery() as made:
+        yield made
+
+
+def start(nursery: Nursery, order: dict[str, Any]) -> int:
+    receiver, sender = os.pipe()
+    try:
+        return nursery.fork(order, sender)
+    finally:
+        os.close(receiver)
+        os.close(sender)
+
+
+def test_a_rank_has_its_own_process_group_and_its_end_is_told_once_asked(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    with Nursery() as nursery:  # here, so that what is captured is what it writes to
+        pid = start(nursery, BROKEN)
+        assert os.getpgid(pid) == pid != nursery._process.pid
+        assert nursery.wait(pid, 20) == 1
+        printed = capfd.readouterr()
+        assert printed.out == ""
+        assert "KeyError: 'environment'" in printed.err
+        assert start(nursery, BROKEN) != pid, "one broken rank does not end it"
+
+
+def test_a_late_answer_is_not_taken_for_the_next_ones(nursery: Nursery) -> None:
+    pid = start(nursery, BROKEN)
+    with pytest.raises(RankError, match=r"within 0\.001 s, got none"):
+        nursery._ask({"fork": 0}, 0.001)
+    assert nursery.wait(pid, 20) == 1
+
+
+def test_where_torch_cannot_be_imported_the_first_rank_says_so(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Any
+) -> None:
+    (tmp_path / "torch.py").write_text("raise ImportError('no torch today')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with Nursery() as nursery, pytest.raises(RankError, match=r"it ended with 1.*import torch"):
+        start(nursery, BROKEN)
+
+
+def test_a_killed_one_is_named_and_its_ranks_count_as_killed(nursery: Nursery) -> None:
+    pid = start(nursery, BROKEN)
+    os.kill(nursery._process.pid, signal.SIGKILL)
+    nursery._process.wait()
+    assert nursery.wait(pid, 20) == -signal.SIGKILL
+    with pytest.raises(RankError, match=f"it ended with {-signal.SIGKILL}"):
+        start(nursery, BROKEN)
