@@ -12,7 +12,9 @@ from fusewise.commands.app import app
 SEED = ("--profile", "nvidia-h200-tp8")
 
 
-def run(*arguments: str, code: int = 0, env: dict[str, str] | None = None) -> tuple[str, str]:
+def run(
+    *arguments: str, code: int = 0, env: dict[str, str | None] | None = None
+) -> tuple[str, str]:
     result = CliRunner().invoke(app, arguments, env=env)
     assert result.exit_code == code, result.output
     return result.stdout, result.stderr

@@ -6,9 +6,13 @@ choose the instance, as they do on a GPU.
 
 from __future__ import annotations
 
+import atexit
 import ctypes
+import functools
 import hashlib
+import shutil
 import subprocess
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
@@ -59,9 +63,9 @@ def source_of(instance: Instance, number: int) -> str:
 
 
 def build(instances: list[Instance], folder: Path, kernels: Path = KERNELS) -> ctypes.CDLL:
-    """Compiles the instances into a library in ``folder``, unless the same one lies there.
+    """Compiles the instances into a library in ``folder``.
 
-    Entry ``i + 1`` of its table is ``instances[i]``. Raises CalledProcessError with the compiler's
+    Entry ``i + 1`` of its table is ``instances[i]``. Raises AssertionError with the compiler's
     words if a source does not compile.
     """
     sources = {path.stem: path.read_text() for path in HERE.glob("*.cpp")}
@@ -80,28 +84,32 @@ def build(instances: list[Instance], folder: Path, kernels: Path = KERNELS) -> c
             f"{', '.join(f'&entry_{i}' for i in numbers)}}};\n",
         ]
     )
-    library = folder / f"emulator-{_digest(sources, kernels)}.so"
-    if not library.exists():
-        _compile(sources, folder, library, kernels)
+    library = folder / "emulator.so"
+    with ThreadPoolExecutor(2) as pool:
+        objects = list(pool.map(lambda name: _object(sources[name], kernels), sources))
+    _run(["g++", "-shared", *map(str, objects), "-o", str(library)])
     return ctypes.CDLL(str(library))
 
 
-def _digest(sources: dict[str, str], kernels: Path) -> str:
-    included = sorted([*HERE.glob("*.h"), *kernels.glob("*.cu"), *kernels.glob("*.cuh")])
-    texts = [*sources.values(), *(path.read_text() for path in included), *FLAGS]
-    return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:16]
+@functools.cache
+def _objects() -> Path:
+    """What this process has compiled: the engine is the same for every library and mutant."""
+    folder = tempfile.mkdtemp(prefix="emulator-")
+    atexit.register(shutil.rmtree, folder)
+    return Path(folder)
 
 
-def _compile(sources: dict[str, str], folder: Path, library: Path, kernels: Path) -> None:
-    def one(name: str) -> str:
-        source, target = folder / f"{name}.cpp", folder / f"{name}.o"
-        source.write_text(sources[name])
-        _run(["g++", *FLAGS, f"-I{kernels}", "-c", str(source), "-o", str(target)])
-        return str(target)
-
-    with ThreadPoolExecutor(2) as pool:
-        objects = list(pool.map(one, sources))
-    _run(["g++", "-shared", *objects, "-o", str(library)])
+def _object(source: str, kernels: Path) -> Path:
+    included = [*HERE.glob("*.h"), *HERE.glob("*.cuh")]
+    if '.cu"' in source:
+        included += [*kernels.glob("*.cu"), *kernels.glob("*.cuh")]
+    texts = [source, *(path.read_text() for path in sorted(included)), *FLAGS]
+    name = hashlib.sha256("\0".join(texts).encode()).hexdigest()[:16]
+    file, target = (_objects() / f"{name}.{kind}" for kind in ("cpp", "o"))
+    if not target.exists():
+        file.write_text(source)
+        _run(["g++", *FLAGS, f"-I{kernels}", "-c", str(file), "-o", str(target)])
+    return target
 
 
 def _run(command: list[str]) -> None:

@@ -90,7 +90,13 @@ def _ranks(count: int) -> tuple[int, int]:
 def _median_at_most(count: int, k: int) -> float:
     """P(lower median of a resample ≤ k-th smallest observation)."""
     needed, p = (count + 1) // 2, k / count
+    ways = _ways(count)
     return math.fsum(
-        math.comb(count, hits) * p**hits * (1 - p) ** (count - hits)
-        for hits in range(needed, count + 1)
+        ways[hits] * p**hits * (1 - p) ** (count - hits) for hits in range(needed, count + 1)
     )
+
+
+@functools.lru_cache(maxsize=64)
+def _ways(count: int) -> list[int]:
+    """Binomial coefficients: wide numbers, and the same ones for every k."""
+    return [math.comb(count, hits) for hits in range(count + 1)]
