@@ -166,15 +166,16 @@ def verdict(everyone: list[list[dict[str, Any]]], ranks: list[int]) -> tuple[int
 @contextmanager
 def poisoned_memory() -> Iterator[None]:
     """Everything ``torch.empty`` hands out meanwhile is NaN."""
-    before = torch.are_deterministic_algorithms_enabled()
+    # Not use_deterministic_algorithms: that imports Inductor, 1.5 s of every rank's start.
+    before = torch.get_deterministic_debug_mode()
     switch: Any = torch.utils.deterministic
     fill = switch.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.set_deterministic_debug_mode("warn")
     switch.fill_uninitialized_memory = True
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # only the filling is wanted, not the advice
             yield
     finally:
-        torch.use_deterministic_algorithms(before)
+        torch.set_deterministic_debug_mode(before)
         switch.fill_uninitialized_memory = fill
