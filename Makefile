@@ -12,7 +12,7 @@ CONSTRAINTS := $(if $(GPU),,-c constraints/cpu.txt)
 EXTRAS := $(if $(GPU),dev$(comma)cuda,dev)
 comma := ,
 # Two test processes: ranks use the cores anyhow. On GPUs one, so that no two tests share a device.
-TESTERS := $(if $(GPU),,-n 2 --dist loadfile)
+TESTERS := $(if $(GPU),,-n 2 --dist loadfile --no-loadscope-reorder)
 
 help: ## this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
