@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from fusewise.errors import RankError
 from fusewise.ranks.nursery import Nursery
@@ -15,7 +17,7 @@ from fusewise.ranks.nursery import Nursery
 BROKEN: dict[str, Any] = {"rank": 3}  # a rank that ends at once: its order is not whole
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def nursery() -> Iterator[Nursery]:
     with Nursery() as made:
         yield made
@@ -43,6 +45,17 @@ def test_a_rank_has_its_own_process_group_and_its_end_is_told_once_asked(
         assert start(nursery, BROKEN) != pid, "one broken rank does not end it"
 
 
+def test_a_store_outlives_ranks_and_ends_when_it_is_killed(nursery: Nursery) -> None:
+    pid, port = nursery.keep_store("127.0.0.1")
+    assert nursery.wait(start(nursery, BROKEN), 20) == 1
+    TCPStore("127.0.0.1", port, is_master=False).set("key", "value")
+    assert TCPStore("127.0.0.1", port, is_master=False).get("key") == b"value"
+    os.kill(pid, signal.SIGKILL)
+    assert nursery.wait(pid, 20) == -signal.SIGKILL
+    with socket.socket() as client, pytest.raises(ConnectionRefusedError):
+        client.connect(("127.0.0.1", port))
+
+
 def test_a_late_answer_is_not_taken_for_the_next_ones(nursery: Nursery) -> None:
     pid = start(nursery, BROKEN)
     with pytest.raises(RankError, match=r"within 0\.001 s, got none"):
@@ -59,10 +72,11 @@ def test_where_torch_cannot_be_imported_the_first_rank_says_so(
         start(nursery, BROKEN)
 
 
-def test_a_killed_one_is_named_and_its_ranks_count_as_killed(nursery: Nursery) -> None:
-    pid = start(nursery, BROKEN)
-    os.kill(nursery._process.pid, signal.SIGKILL)
-    nursery._process.wait()
-    assert nursery.wait(pid, 20) == -signal.SIGKILL
-    with pytest.raises(RankError, match=f"it ended with {-signal.SIGKILL}"):
-        start(nursery, BROKEN)
+def test_a_killed_one_is_named_and_its_ranks_count_as_killed() -> None:
+    with Nursery() as nursery:
+        pid = start(nursery, BROKEN)
+        os.kill(nursery._process.pid, signal.SIGKILL)
+        nursery._process.wait()
+        assert nursery.wait(pid, 20) == -signal.SIGKILL
+        with pytest.raises(RankError, match=f"it ended with {-signal.SIGKILL}"):
+            start(nursery, BROKEN)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -54,7 +55,10 @@ def test_tune_and_bench_by_our_own_spawner(tmp_path: Path) -> None:
         return {(s.op, s.num_tokens, s.hidden_size) for s in profile.samples}
 
     few = [*SMALL, "--budget", "0.1s"]
-    _, err = run([sys.executable, "-m", "fusewise", *few], tmp_path)
+    _, err = run([sys.executable, "-X", "importtime", "-m", "fusewise", *few], tmp_path)
+    imported = set(re.findall(r"^import time:.*\| +(\S+)$", err, re.MULTILINE))
+    assert "fusewise" in imported
+    assert "torch" not in imported, "what starts ranks has no use for it"
     assert "0.1 s were not enough: 2 of 15 points are measured. Not reached:" in err
     assert "Run the same command again: it goes on with these." in err
     assert "Look at it: `fusewise show`" in err

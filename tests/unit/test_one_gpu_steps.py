@@ -1,4 +1,4 @@
-"""``benchmarks/one_gpu.sh``: its commands, logs and bounds, with an interpreter that takes notes."""
+"""``benchmarks/one_gpu.sh``: commands, logs and bounds, with an interpreter that takes notes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import pytest
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "one_gpu.sh"
 INTERPRETER = """#!/usr/bin/env bash
-echo "$NCCL_NVLS_ENABLE$TORCH_SYMM_MEM_DISABLE_MULTICAST$NVSHMEM_DISABLE_NVLS ${0##*/} $*" >>"$CALLS"
+off=$NCCL_NVLS_ENABLE$TORCH_SYMM_MEM_DISABLE_MULTICAST$NVSHMEM_DISABLE_NVLS
+echo "$off ${0##*/} $*" >>"$CALLS"
 echo said >&2
 echo '{}'
 [[ -z ${FAIL-} || $* != *$FAIL* ]] || exit 9

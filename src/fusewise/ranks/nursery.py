@@ -9,6 +9,7 @@ clean as a new interpreter. It ends with the one that started it, and its childr
 from __future__ import annotations
 
 import ctypes
+import functools
 import json
 import os
 import signal
@@ -17,7 +18,9 @@ import subprocess
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from contextlib import suppress
+from datetime import timedelta
 from typing import Any
 
 from fusewise.errors import RankError
@@ -67,6 +70,20 @@ class Nursery:
             os.close(paper)
         return int(answer["pid"])
 
+    def keep_store(self, host: str) -> tuple[int, int]:
+        """Starts a process that is a TCPStore's server until it is killed: its id, and the port.
+
+        No rank's end takes it along.
+
+        Raises:
+            RankError: it cannot listen at ``host``; or as ``fork``.
+        """
+        answer = self._ask({"store": host}, _START_S)
+        if not answer["port"]:
+            self.wait(answer["pid"], _SLACK_S)
+            raise RankError(f"no rendezvous at {host}", hint="Its own output says why.")
+        return int(answer["pid"]), int(answer["port"])
+
     def wait(self, pid: int, timeout_s: float) -> int | None:
         """How a rank ended: its exit code, or a signal's number below zero; None if it has not."""
         try:
@@ -112,7 +129,7 @@ def bind_to_parent(parent: int) -> None:
 
 
 def main(handle: int) -> None:
-    """Serves one supervisor until it closes its end: forks a rank, or waits for one."""
+    """Serves one supervisor until it closes its end: forks a process, or waits for one."""
     with socket.socket(fileno=handle) as supervisor:
         import torch.distributed  # noqa: F401
 
@@ -123,15 +140,18 @@ def main(handle: int) -> None:
             request = json.loads(message)
             answer: dict[str, int | None] = {"number": request["number"]}
             if "fork" in request:
-                answer["pid"] = _fork(request["fork"], fds, supervisor)
+                run = functools.partial(_rank, request["fork"], *fds)
+                answer["pid"] = _forked(run, supervisor)
+            elif "store" in request:
+                answer["pid"], answer["port"] = _store(request["store"], supervisor)
             else:
                 answer["code"] = _code_of(request["wait"], request["timeout_s"])
+            for fd in fds:
+                os.close(fd)
             supervisor.send(json.dumps(answer).encode())
 
 
-def _fork(rank: int, fds: list[int], supervisor: socket.socket) -> int:
-    from fusewise.ranks import worker
-
+def _forked(run: Callable[[], int], supervisor: socket.socket) -> int:
     here = os.getpid()
     pid = os.fork()
     if pid == 0:
@@ -141,9 +161,7 @@ def _fork(rank: int, fds: list[int], supervisor: socket.socket) -> int:
                 os.setpgid(0, 0)
             bind_to_parent(here)
             supervisor.close()
-            ctypes.CDLL(None).prctl(_PR_SET_NAME, f"fusewise-rank{rank}".encode())
-            order = os.pread(fds[0], os.fstat(fds[0]).st_size, 0)
-            code = worker.main(json.loads(order), fds[1])
+            code = run()
         except BaseException:
             traceback.print_exc()
         finally:
@@ -153,9 +171,35 @@ def _fork(rank: int, fds: list[int], supervisor: socket.socket) -> int:
             os._exit(code)
     with suppress(OSError):
         os.setpgid(pid, pid)
-    for fd in fds:
-        os.close(fd)
     return pid
+
+
+def _rank(rank: int, paper: int, pipe: int) -> int:
+    from fusewise.ranks import worker
+
+    ctypes.CDLL(None).prctl(_PR_SET_NAME, f"fusewise-rank{rank}".encode())
+    order = json.loads(os.pread(paper, os.fstat(paper).st_size, 0))
+    return worker.main(order, pipe)
+
+
+def _store(host: str, supervisor: socket.socket) -> tuple[int, int]:
+    """The process and the port; 0 where it could not listen."""
+    receiver, sender = os.pipe()
+
+    def keep() -> int:
+        from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+        patience = timedelta(seconds=_SLACK_S)
+        store = TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=patience)
+        os.write(sender, str(store.port).encode())
+        while True:
+            signal.pause()
+
+    pid = _forked(keep, supervisor)
+    os.close(sender)
+    port = os.read(receiver, 16)  # empty where it ended
+    os.close(receiver)
+    return pid, int(port or 0)
 
 
 def _code_of(pid: int, timeout_s: float) -> int | None:

@@ -95,7 +95,7 @@ def run_attempt(
         nursery: forks the ranks; it may serve further attempts.
         timeout_s: bound of every collective wait inside the children.
     """
-    with _rendezvous(team) as (store, host, port):
+    with _rendezvous(team, nursery) as (store, host, port):
         children: list[_Child] = []
         try:
             for rank, local_rank in zip(team.ranks, team.local_ranks, strict=True):
@@ -124,16 +124,27 @@ def run_attempt(
 
 
 @contextmanager
-def _rendezvous(team: Team) -> Iterator[tuple[Any, str, int]]:
-    """A store of this attempt's own, on a free port: a dead child cannot take it along."""
+def _rendezvous(team: Team, nursery: Nursery) -> Iterator[tuple[Any, str, int]]:
+    """A store of this attempt's own, on a free port: a dead child cannot take it along.
+
+    Yields it, where several supervisors speak over it, with its address.
+    """
+    if team.peers is None:
+        pid, port = nursery.keep_store(team.host)
+        try:
+            yield None, team.host, port
+        finally:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+            nursery.wait(pid, 20)
+        return
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
     store, port = None, 0
     if team.leads:
         store = TCPStore(team.host, 0, is_master=True, wait_for_workers=False)
         port = int(store.port)
-    if team.peers is not None:
-        port = team.peers.broadcast("rendezvous", port)
+    port = team.peers.broadcast("rendezvous", port)
     yield store or TCPStore(team.host, port, is_master=False), team.host, port
 
 
@@ -168,9 +179,10 @@ def _watch(children: list[_Child], store: Any, on_event: OnEvent) -> None:
             for child in children:
                 if not child.done and now > child.deadline:
                     child.fail("stalled", "made no progress in time")
-            if any(child.failure for child in children):
+            failed = any(child.failure for child in children)
+            if failed and store is not None:
                 store.set("failed", "1")
-            if store.check(["failed"]):
+            if failed or (store is not None and store.check(["failed"])):
                 for child in children:
                     if not child.done:
                         child.fail("stopped", "was stopped because a peer failed")
