@@ -42,10 +42,10 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, Any], 
             os.dup2(usual, 2)
             os.close(usual)
     said = (folder / "log").read_text().splitlines()
+    assert result.exit_code == 0, "\n".join([result.output, *said])
     graphs = [line for line in said if line.startswith("graph ")]
     assert len(graphs) == len(set(graphs)) == 2, "the prefill and the step, of rank 0"
     assert not any("FutureWarning" in line for line in said)
-    assert result.exit_code == 0, result.output
     document = json.loads((folder / "run.json").read_text())
     return result.stdout, document, (folder / "run.svg").read_bytes()
 

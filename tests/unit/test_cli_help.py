@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -105,8 +107,11 @@ def test_doctor_gives_every_backend_a_reason_or_none() -> None:
     assert "GPU" in rows["nccl"]["reason"]
 
 
-_ABSENT = "sys.modules['torch'] = None"
+# For every interpreter that is started: the command's own, and the one that its ranks come from.
+_ABSENT = "import sys\nsys.modules['torch'] = None\n"
 _BROKEN = """
+import sys
+from importlib import abc
 class Broken(abc.MetaPathFinder):
     def find_spec(self, name, *_):
         if name == "torch":
@@ -116,15 +121,16 @@ sys.meta_path.insert(0, Broken())
 
 
 @pytest.mark.parametrize("how", [_ABSENT, _BROKEN], ids=["absent", "broken"])
-def test_without_torch_the_doctor_says_so_and_the_rest_is_one_line(how: str) -> None:
-    code = (
-        f"import sys\nfrom importlib import abc\n{how}\nfrom fusewise.__main__ import main\nmain()"
-    )
+def test_without_torch_the_doctor_says_so_and_the_rest_is_one_line(
+    how: str, tmp_path: Path
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text(how)
+    environ = os.environ | {"PYTHONPATH": str(tmp_path)}
     said = "torch cannot be imported" if how is _ABSENT else "libfoo.so"
 
     def ran(*command: str) -> subprocess.CompletedProcess[str]:
-        words = [sys.executable, "-c", code, *command]
-        return subprocess.run(words, capture_output=True, text=True, check=False)
+        words = [sys.executable, "-m", "fusewise", *command]
+        return subprocess.run(words, env=environ, capture_output=True, text=True, check=False)
 
     doctor = ran("doctor", "-f", "json")
     assert doctor.returncode == 0, doctor.stderr

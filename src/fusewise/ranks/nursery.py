@@ -60,6 +60,7 @@ class Nursery:
 
         Raises:
             RankError: the process ended, or did not answer in time.
+            ImportError: torch's own.
         """
         paper = os.memfd_create("order")  # no bound on its size, and nobody waits for a reader
         try:
@@ -100,6 +101,8 @@ class Nursery:
             socket.send_fds(self._socket, [message], fds or [])
             while received := self._socket.recv(_MESSAGE_BYTES):
                 answer = json.loads(received)
+                if "torch" in answer:
+                    raise ImportError(answer["torch"], name="torch")
                 if answer["number"] == self._asked:
                     return answer
         with suppress(subprocess.TimeoutExpired):  # it closes its socket before it is gone
@@ -131,8 +134,14 @@ def bind_to_parent(parent: int) -> None:
 def main(handle: int) -> None:
     """Serves one supervisor until it closes its end: forks a process, or waits for one."""
     with socket.socket(fileno=handle) as supervisor:
-        import torch.distributed  # noqa: F401
-
+        try:
+            import torch.distributed  # noqa: F401
+        except (ImportError, OSError) as error:
+            supervisor.recv(
+                _MESSAGE_BYTES
+            )  # a socket closed on an unread question drops the answer
+            supervisor.send(json.dumps({"torch": str(error)}).encode())
+            return
         while True:
             message, fds, _, _ = socket.recv_fds(supervisor, _MESSAGE_BYTES, 2)
             if not message:

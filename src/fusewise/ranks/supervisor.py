@@ -20,10 +20,8 @@ from typing import Any, Literal
 from fusewise.errors import RankError
 from fusewise.ranks.nursery import Nursery
 from fusewise.ranks.teams import Team
-from fusewise.ranks.worker import STALL_S
+from fusewise.ranks.worker import STALL_S, START_S
 
-# start: a CUDA context, and providers' libraries on a cold disk.
-_START_S = 180.0
 _POLL_S = 0.2
 
 Event = dict[str, Any]
@@ -162,7 +160,7 @@ def _start(order: dict[str, Any], nursery: Nursery) -> _Child:
         raise
     finally:
         os.close(sender)
-    return _Child(order["rank"], nursery, pid, receiver, time.monotonic() + _START_S)
+    return _Child(order["rank"], nursery, pid, receiver, time.monotonic() + START_S)
 
 
 def _watch(children: list[_Child], store: Any, on_event: OnEvent) -> None:

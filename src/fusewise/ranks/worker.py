@@ -16,6 +16,7 @@ from typing import Any
 from fusewise.errors import FusewiseError
 
 STALL_S = 60.0  # silence of a rank that a supervisor tolerates, unless a phase allows more
+START_S = 180.0  # a CUDA context, and what a job imports from a cold disk
 
 
 @dataclass
@@ -46,7 +47,7 @@ def main(order: dict[str, Any], pipe: int) -> int:
     os.environ.update(order["environment"])
     worker = Worker(order["rank"], order["world_size"], order["device"], pipe)
     try:
-        worker.phase("start")
+        worker.phase("start", allow_s=START_S)
         _join(worker, order)
         module, name = order["job"].split(":")
         result = getattr(importlib.import_module(module), name)(worker, order["request"])
