@@ -102,7 +102,7 @@ class Batch:
         self.cache: Any = StaticCache(config=compiled.model.config, max_cache_len=length)
         # Outside of any compiled region: the first update allocates the cache.
         compiled.model(input_ids=self.ids, use_cache=True, **{compiled.cache_name: self.cache})
-        self._context = settings.context
+        self._context, self._several = settings.context, len(settings.batches) > 1
         self.reset()
 
     def reset(self) -> None:
@@ -112,7 +112,9 @@ class Batch:
             layer.cumulative_length.fill_(self._context)
 
     def mark_dynamic(self) -> None:
-        """One graph for all batch sizes; torch treats a batch of one apart by itself."""
+        """One graph for all batch sizes, where there are several; a batch of one is torch's own."""
+        if not self._several:
+            return
         tensors = [t for layer in self.cache.layers for t in (layer.keys, layer.values)]
         for tensor in (self.ids, *tensors):
             torch._dynamo.maybe_mark_dynamic(tensor, 0)
@@ -170,7 +172,8 @@ class PrefillRunner:
         self.communicator = communicator
         self.logits: Tensor = torch.empty(0)
         communicator.activate()
-        torch._dynamo.maybe_mark_dynamic(self._ids, 1)
+        if len(compiled.settings.prefill_tokens) > 1:
+            torch._dynamo.maybe_mark_dynamic(self._ids, 1)
         self._advance()
 
     def _advance(self) -> None:
