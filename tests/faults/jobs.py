@@ -20,13 +20,17 @@ def misbehave(worker: Worker, request: dict[str, Any]) -> str:
     """Rank 1 does what ``request["how"]`` says; the others return after a while."""
     if worker.rank != 1:
         worker.phase("wait", allow_s=30)
+        if request["how"] == "late":
+            raise UnavailableError("my peer is gone")
         time.sleep(0.3 if request["how"] == "return" else 20)
         return "done"
     worker.phase("misbehave", "backend.x", allow_s=1.0)
     if request["how"] == "return":
         print("chatter on stdout")
         return "done"
-    if request["how"] == "crash":
+    if request["how"] == "late":
+        time.sleep(0.2)
+    if request["how"] in ("crash", "late"):
         os.kill(os.getpid(), signal.SIGSEGV)
     if request["how"] == "raise":
         raise UnavailableError("no such thing", hint="Do this.")

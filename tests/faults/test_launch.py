@@ -58,6 +58,7 @@ def _marked(monkeypatch: pytest.MonkeyPatch) -> None:
     ("how", "kind", "reason"),
     [
         ("crash", "died", "was killed by SIGSEGV"),
+        ("late", "died", "was killed by SIGSEGV"),  # its peer's error is heard first
         ("raise", "error", "failed with UnavailableError: no such thing. Do this."),
         ("spin", "stalled", "made no progress in time"),
     ],

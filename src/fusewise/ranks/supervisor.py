@@ -8,6 +8,7 @@ over torchrun's own rendezvous; otherwise one supervisor has all children.
 from __future__ import annotations
 
 import json
+import math
 import os
 import selectors
 import signal
@@ -23,6 +24,7 @@ from fusewise.ranks.teams import Team
 from fusewise.ranks.worker import STALL_S, START_S
 
 _POLL_S = 0.2
+_ECHO_S = 0.5  # a rank's death may be heard after the errors that it caused in its peers
 
 Event = dict[str, Any]
 OnEvent = Callable[[int, Event], None]
@@ -165,6 +167,7 @@ def _start(order: dict[str, Any], nursery: Nursery) -> _Child:
 
 def _watch(children: list[_Child], store: Any, on_event: OnEvent) -> None:
     """Until every child is done or one failed here or elsewhere."""
+    stop_at = math.inf
     with selectors.DefaultSelector() as selector:
         for child in children:
             selector.register(child.pipe, selectors.EVENT_READ, child)
@@ -177,10 +180,13 @@ def _watch(children: list[_Child], store: Any, on_event: OnEvent) -> None:
             for child in children:
                 if not child.done and now > child.deadline:
                     child.fail("stalled", "made no progress in time")
-            failed = any(child.failure for child in children)
-            if failed and store is not None:
+            failures = [child.failure for child in children if child.failure]
+            if failures and store is not None:
                 store.set("failed", "1")
-            if failed or (store is not None and store.check(["failed"])):
+            if failures or (store is not None and store.check(["failed"])):
+                patience_s = 0.0 if any(f.kind != "error" for f in failures) else _ECHO_S
+                stop_at = min(stop_at, now + patience_s)
+            if now >= stop_at:
                 for child in children:
                     if not child.done:
                         child.fail("stopped", "was stopped because a peer failed")
