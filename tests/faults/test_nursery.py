@@ -60,8 +60,9 @@ def test_a_store_outlives_ranks_and_ends_when_it_is_killed(nursery: Nursery) -> 
 def test_a_late_answer_is_not_taken_for_the_next_ones(nursery: Nursery) -> None:
     pid = start(nursery, BROKEN)
     with pytest.raises(RankError, match=r"within 0\.001 s, got none"):
-        nursery._ask({"fork": 0}, 0.001)
-    assert nursery.wait(pid, 20) == 1
+        nursery._ask({"wait": pid, "timeout_s": 20}, 0.001)
+    assert nursery.wait(pid, 20) is None, "that answer was the only one"
+    assert nursery.wait(start(nursery, BROKEN), 20) == 1
 
 
 def test_where_torch_cannot_be_imported_its_own_error_is_raised(

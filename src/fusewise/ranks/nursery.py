@@ -24,6 +24,7 @@ from datetime import timedelta
 from typing import Any
 
 from fusewise.errors import RankError
+from fusewise.ranks import worker
 
 _PR_SET_PDEATHSIG, _PR_SET_NAME = 1, 15  # linux/prctl.h
 _START_S = 180.0  # an interpreter and torch, on a cold disk
@@ -124,7 +125,7 @@ class Nursery:
         self._process.wait()
 
 
-def bind_to_parent(parent: int) -> None:
+def _bind_to_parent(parent: int) -> None:
     """Has this process killed as soon as its parent is gone; at once if that is so already."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:  # it went before prctl could tell
@@ -137,9 +138,8 @@ def main(handle: int) -> None:
         try:
             import torch.distributed  # noqa: F401
         except (ImportError, OSError) as error:
-            supervisor.recv(
-                _MESSAGE_BYTES
-            )  # a socket closed on an unread question drops the answer
+            # Closing a socket on an unread question would drop the answer.
+            supervisor.recv(_MESSAGE_BYTES)
             supervisor.send(json.dumps({"torch": str(error)}).encode())
             return
         while True:
@@ -168,7 +168,7 @@ def _forked(run: Callable[[], int], supervisor: socket.socket) -> int:
         try:
             with suppress(OSError):  # both sides do it: whichever comes first
                 os.setpgid(0, 0)
-            bind_to_parent(here)
+            _bind_to_parent(here)
             supervisor.close()
             code = run()
         except BaseException:
@@ -184,8 +184,6 @@ def _forked(run: Callable[[], int], supervisor: socket.socket) -> int:
 
 
 def _rank(rank: int, paper: int, pipe: int) -> int:
-    from fusewise.ranks import worker
-
     ctypes.CDLL(None).prctl(_PR_SET_NAME, f"fusewise-rank{rank}".encode())
     order = json.loads(os.pread(paper, os.fstat(paper).st_size, 0))
     return worker.main(order, pipe)
@@ -214,7 +212,10 @@ def _store(host: str, supervisor: socket.socket) -> tuple[int, int]:
 def _code_of(pid: int, timeout_s: float) -> int | None:
     deadline = time.monotonic() + timeout_s
     while True:
-        ended, status = os.waitpid(pid, os.WNOHANG)
+        try:
+            ended, status = os.waitpid(pid, os.WNOHANG)
+        except ChildProcessError:  # an earlier question learned it, and was interrupted
+            return None
         if ended:
             return os.waitstatus_to_exitcode(status)
         if time.monotonic() >= deadline:
@@ -223,5 +224,5 @@ def _code_of(pid: int, timeout_s: float) -> int | None:
 
 
 if __name__ == "__main__":
-    bind_to_parent(os.getppid())
+    _bind_to_parent(os.getppid())
     main(int(sys.argv[1]))
