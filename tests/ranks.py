@@ -14,12 +14,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from fusewise.node import gpu_count
 from fusewise.ranks.place import PLACES, place_for
 
-# Ranks are forked from a server that has imported torch and has no threads and no CUDA context.
+# Ranks are forked from a server that has imported torch and has no threads and no CUDA context:
+# Inductor, which may ask CUDA while it loads, is there only where there is no GPU.
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(
-    ["torch.distributed", "fusewise.run.operators", "torch._inductor.compile_fx", "tests.frozen"]
+    [
+        "torch.distributed",
+        "fusewise.run.operators",
+        *([] if gpu_count() else ["torch._inductor.compile_fx"]),
+        "tests.frozen",
+    ]
 )
 
 

@@ -18,7 +18,7 @@ from fusewise.profiles.plan import derive
 from fusewise.profiles.schema import Profile
 
 SMALL = (
-    "tune", "--hidden", "64,128", "--min-bytes", "1K", "--max-bytes", "16K", "--budget", "1s",
+    "tune", "--hidden", "64,128", "--min-bytes", "1K", "--max-bytes", "16K", "--budget", "4s",
     "--rounds", "7", "--format", "json",
 )  # fmt: skip
 

@@ -120,7 +120,7 @@ def run(tree: Path, command: str, code: int = 0) -> subprocess.CompletedProcess[
 
 
 def test_an_added_backend_is_verified_timed_and_in_the_profile(tree: Path) -> None:
-    small = "--hidden 64 --min-bytes 1K --max-bytes 2K --budget 1s --rounds 5 --format json"
+    small = "--hidden 64 --min-bytes 1K --max-bytes 2K --budget 2s --rounds 5 --format json"
     run(tree, f"tune {small}")
     (written,) = (tree / "home" / "profiles").glob("device=*.json")
     profile: dict[str, Any] = json.loads(written.read_text())

@@ -155,7 +155,7 @@ def test_its_commands_run_where_only_the_wheel_is(clean: Path, tmp_path: Path) -
     assert "<svg" in (tmp_path / "page.html").read_text()
     assert "shm.one_shot" in run(clean, tmp_path, "fusewise", "doctor")
     assert "vLLM" in run(clean, tmp_path, "fusewise", "vllm", "check", "--help")
-    small = ("--hidden", "64", "--max-bytes", "8K", "--rounds", "5", "--budget", "1s")
+    small = ("--hidden", "64", "--max-bytes", "8K", "--rounds", "5", "--budget", "5s")
     told = json.loads(run(clean, tmp_path, "fusewise", "tune", *small, "--format", "json"))
     assert told
     assert "shm.one_shot" in run(clean, tmp_path, "fusewise", "show")

@@ -94,6 +94,9 @@ def run_attempt(
         on_event: called with (rank, event) for every event of a supervised rank.
         nursery: forks the ranks; it may serve further attempts.
         timeout_s: bound of every collective wait inside the children.
+
+    Raises:
+        RankError: the nursery is gone.
     """
     with _rendezvous(team, nursery) as (store, host, port):
         children: list[_Child] = []
