@@ -158,13 +158,16 @@ def test_the_logits_differ_from_token_to_token(arms: dict[str, Any]) -> None:
     assert statistics.stdev(spread) > 4 * NOISE
 
 
+def _only_noise_apart(engine: dict[str, Any], other: dict[str, Any]) -> None:
+    off = [abs(a - b) for a, b in zip(_logprobs(engine), _logprobs(other), strict=True)]
+    assert statistics.mean(off) < NOISE / 5
+    assert max(off) < NOISE
+
+
 @pytest.mark.parametrize("arm", FUSED)
 def test_log_probabilities_are_those_without_fusion(arms: dict[str, Any], arm: str) -> None:
-    expected = _logprobs(arms["nofuse"]["engines"][0])
     for engine in arms[arm]["engines"]:
-        off = [abs(a - b) for a, b in zip(_logprobs(engine), expected, strict=True)]
-        assert statistics.mean(off) < NOISE / 5
-        assert max(off) < NOISE
+        _only_noise_apart(engine, arms["nofuse"]["engines"][0])
 
 
 @pytest.mark.parametrize("arm", FUSED)
@@ -208,6 +211,6 @@ def test_the_cap_was_lowered_and_the_longest_prompt_lies_beyond(arms: dict[str, 
     assert "fusion cap" not in arms["default"]["log"]
 
 
-def test_two_engines_in_one_process_answer_alike(arms: dict[str, Any]) -> None:
-    first, second = arms["full"]["engines"]
-    assert first["answers"] == second["answers"]
+def test_two_engines_one_after_the_other_answer_alike(arms: dict[str, Any]) -> None:
+    # Not to the bit: which prompts share a step depends on when they reach the scheduler.
+    _only_noise_apart(*arms["full"]["engines"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +13,7 @@ from fusewise.errors import UnavailableError
 from fusewise.operation import OPERATIONS
 from fusewise.ranks import agreement
 from fusewise.shape import DType, Shape
-from fusewise.tune.operands import Case, operands
+from fusewise.tune.operands import Case, Operands, operands
 from fusewise.tune.stack_grid import StackGrid
 from fusewise.tune.verify import judge, read, verdict
 from tests.groups import MirrorGroup
@@ -61,6 +62,53 @@ def test_the_sum_of_integers_is_exact_or_wrong() -> None:
     case = Case("all_reduce_rms_norm", Shape(3, 64, "float32"), 1, "integers")
     assert judged(case).wrong == 0
     assert judged(case, lambda r: r[1][0, :1].mul_(1 + 2**-20)).wrong == 1
+
+
+def _added_in_turns(given: Operands, order: list[int]) -> Any:
+    """The sum as the worst of the backends makes it: rounded at every rank, then the residual."""
+    total = given.inputs[order[0]].clone()
+    for rank in order[1:]:
+        total += given.inputs[rank]
+    return total + given.residual
+
+
+def _rounded_wherever(case: Case, given: Operands, total: Any) -> tuple[Any, Any]:
+    """The norm of a rounded sum, itself rounded at every step a kernel may round at."""
+    scale = torch.rsqrt(total.float().square().mean(-1, keepdim=True) + 1e-6)
+    weight = given.weight + case.weight_bias
+    return (total.float() * scale).to(total.dtype) * weight, total
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("world_size", [2, 8, 16])
+def test_sums_rounded_at_every_rank_are_right_in_any_order(world_size: int, dtype: DType) -> None:
+    for seed in range(3):
+        case = Case("all_reduce_rms_norm", Shape(64, 2880, dtype), seed, weight_bias=float(seed))
+        given = operands(case, world_size, CPU)
+        order = random.Random(seed).sample(range(world_size), world_size)
+        results = _rounded_wherever(case, given, _added_in_turns(given, order))
+        found = read([judge(case, given, results, given.inputs[0].clone(), 0)])[0]
+        assert found.wrong == 0, f"{found.relative_error:.2e}"
+
+
+@pytest.mark.parametrize("world_size", [2, 8, 16])
+@pytest.mark.parametrize("what", ["a rank left out", "a rank twice", "the weight's neighbour"])
+def test_one_wrong_row_is_seen_whatever_the_others_are(world_size: int, what: str) -> None:
+    case = Case("all_reduce_rms_norm", Shape(64, 2880), 1)
+    given = operands(case, world_size, CPU)
+    good = _added_in_turns(given, list(range(world_size)))
+    norm, total = _rounded_wherever(case, given, good)
+    bad = {
+        "a rank left out": good - given.inputs[-1], "a rank twice": good + given.inputs[-1],
+        "the weight's neighbour": good,
+    }[what]  # fmt: skip
+    shifted = Operands(
+        given.inputs, given.residual, given.weight.roll(1 if "weight" in what else 0)
+    )
+    wrong_norm, wrong_total = _rounded_wherever(case, shifted, bad)
+    norm[7], total[7] = wrong_norm[7], wrong_total[7]
+    found = read([judge(case, given, (norm, total), given.inputs[0].clone(), 0)])[0]
+    assert found.wrong > 200
 
 
 def test_the_first_failing_case_is_named_with_its_ranks() -> None:

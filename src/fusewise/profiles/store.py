@@ -18,9 +18,8 @@ import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib import resources
-from importlib.abc import Traversable
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import platformdirs
 
@@ -32,6 +31,9 @@ from fusewise.profiles.merge import differences, extended
 from fusewise.profiles.private import open_to_others, variables_path
 from fusewise.profiles.schema import MAX_PROFILE_BYTES, Profile, parse_profile, profile_file_name
 from fusewise.shape import DType
+
+if TYPE_CHECKING:
+    from importlib.abc import Traversable  # gone in 3.14; its heir is not there in 3.10
 
 Level = Literal[
     "argument", "flag", "environment", "user profile", "site profile", "packaged profile",

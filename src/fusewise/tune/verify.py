@@ -1,8 +1,8 @@
 """Does a candidate compute the right thing here? Asked before anything is timed.
 
 Integers first: sums that the dtype holds exactly must come out exactly. Then the whole operation
-against a float64 reference within an error budget. Uninitialised memory is poisoned with NaN
-meanwhile, so an element nobody wrote is wrong, and all ranks must hold the same bits.
+against a float64 reference, each element within its budget. Uninitialised memory is poisoned with
+NaN meanwhile, so an element nobody wrote is wrong, and all ranks must hold the same bits.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch
 
 from fusewise.errors import VerificationError
 from fusewise.operation import OPERATIONS
+from fusewise.tune.budget import budgets
 from fusewise.tune.operands import Case, Operands, dtype_of, operands
 
 if TYPE_CHECKING:
@@ -27,15 +28,10 @@ if TYPE_CHECKING:
     from fusewise.shape import Shape
 
 EPS = 1e-6
-# An element is wrong beyond this many units of the dtype's eps, relative to its own size or the
-# row's. A sum rounded at each of 8 hops and a norm rounded once more stay below 4.5 half units.
-_ELEMENT_BUDGET = 4.0
 # Relative L2 error beyond this many eps is a systematic fault even if no element stands out.
 _NORM_BUDGET = 1.0
 # fp32 has no slack from the output's rounding: the order of the row's sum shows.
 _FLOAT32_SLACK = 16.0
-# Where kernels may flush subnormals: what a flushed row is off by, times the largest 1/sqrt(eps).
-_FLUSHED = {"bfloat16": 1e-33, "float16": 0.0, "float32": 1e-33}
 
 
 @dataclass(frozen=True)
@@ -65,14 +61,13 @@ def judge(case: Case, given: Operands, results: tuple[Tensor, ...], x: Tensor, r
     )
     wrong = (_words(x) != _words(given.inputs[rank])).sum()
     worst = torch.zeros((), dtype=torch.float64, device=x.device)
-    for got, want in zip(results, exact, strict=True):
-        is_sum = want is exact[-1]
-        if is_sum and case.values == "integers":
+    allowed = budgets(given, exact, EPS, case.weight_bias)
+    for got, want, error in zip(results, exact, allowed, strict=True):
+        if want is exact[-1] and case.values == "integers":
             wrong = wrong + (got.double() != want).sum()
-        elif case.values == "special":
-            wrong = wrong + _wrong_elements(got, want, case.shape).sum()
-        else:
-            wrong = wrong + _wrong_elements(got, want, case.shape).sum()
+            continue
+        wrong = wrong + _wrong_elements(got, want, error).sum()
+        if case.values != "special":
             worst = torch.maximum(
                 worst, (got.double() - want).norm() / want.norm().clamp_min(1e-300)
             )
@@ -93,16 +88,11 @@ def read(judged: list[Tensor]) -> list[Check]:
     return checks
 
 
-def _wrong_elements(got: Tensor, exact: Tensor, shape: Shape) -> Tensor:
+def _wrong_elements(got: Tensor, exact: Tensor, allowed: Tensor) -> Tensor:
     """Where ``got`` is beyond its budget; NaN and infinities must be where they belong."""
-    finite = exact.isfinite()
-    kept = torch.where(finite, exact, torch.zeros_like(exact))
-    row = kept.square().mean(-1, keepdim=True).sqrt()
-    allowed = torch.maximum(kept.abs(), row).mul_(_ELEMENT_BUDGET * _eps(shape))
-    allowed += _FLUSHED[shape.dtype]
     near = (got.double() - exact).abs() <= allowed  # NaN compares false, so it counts as wrong
     odd = (got.double() == exact) | (got.isnan() & exact.isnan())
-    return ~torch.where(finite, near, odd)
+    return ~torch.where(exact.isfinite(), near, odd)
 
 
 def _eps(shape: Shape) -> float:
