@@ -44,6 +44,16 @@ def test_perfect_results_pass_on_special_values(op: Any, dtype: DType) -> None:
     assert judged(case).wrong == 0
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_perfect_results_pass_where_small_weights_make_them_subnormal(dtype: DType) -> None:
+    case = Case("all_reduce_rms_norm", Shape(10, 2048, dtype), 1)
+    drawn = operands(case, WORLD, CPU)
+    given = Operands(drawn.inputs, drawn.residual, drawn.weight * 2**-14)
+    exact = OPERATIONS[case.op].reference(given.inputs, given.residual, given.weight, 1e-6)
+    results = tuple(t.to(drawn.weight.dtype) for t in exact)
+    assert read([judge(case, given, results, given.inputs[0].clone(), 0)])[0].wrong == 0
+
+
 SPOILS: dict[str, Callable[[Any], Any]] = {
     "a NaN lost": lambda r: r[-1].nan_to_num_(nan=0.0, posinf=float("inf")),
     "an infinity lost": lambda r: r[-1].clamp_(max=100.0),

@@ -22,8 +22,12 @@ if TYPE_CHECKING:
 _NORM_ROUNDINGS = 3
 # A row's sum of squares, its root and two products in fp32, in units of its eps.
 _FP32_ROOM = 16.0
-# Where kernels may flush subnormals: what a flushed row is off by, times the largest 1/sqrt(eps).
-_FLUSHED = {torch.bfloat16: 1e-33, torch.float16: 0.0, torch.float32: 1e-33}
+# Where relative errors end. fp32, and bf16 with it, may be flushed to zero where it is subnormal:
+# what a flushed row is off by, times the largest 1/sqrt(eps). fp16 is subnormal below 6e-5 and
+# rounds there to multiples of 2**-24, each time by half of that.
+_NEAR_ZERO = {
+    torch.bfloat16: 1e-33, torch.float16: _NORM_ROUNDINGS * 2**-25, torch.float32: 1e-33,
+}  # fmt: skip
 
 
 def budgets(
@@ -55,6 +59,6 @@ def budgets(
         factor = scale * (given.weight.double() + weight_bias).abs()
         allowed.insert(0, of_total * factor + norms[0].abs() * (of_scale + rounded))
     return tuple(
-        torch.where(of.isfinite(), one, 0.0) + _FLUSHED[dtype]
+        torch.where(of.isfinite(), one, 0.0) + _NEAR_ZERO[dtype]
         for of, one in zip(exact, allowed, strict=True)
     )
