@@ -24,6 +24,7 @@ pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 INSTANCES = [
     Instance("one_shot", "bfloat16", 2, early_trigger=True),
     Instance("two_shot", "bfloat16", 2, early_trigger=True),
+    Instance("one_shot", "bfloat16", 2, output="kSum", early_trigger=True),
 ]
 STEPS = 3_000_000  # several times what a whole kernel needs; a stuck one uses them up
 
@@ -41,6 +42,9 @@ MUTANTS = {
     "lost_partial": ("two_shot.cuh", "      push_word(slot, kSentinel);\n", ""),
     "lost_barrier": ("two_shot.cuh", "  block_barrier();  // all of shared.squares", "  //"),
     "push_before_wait": ("one_shot.cuh", "  dependency_wait();", ""),
+    "copies_send": ("one_shot.cuh", "if (part.owns(i) && !dead)", "if (part.used[i] && !dead)"),
+    "emptied_before_all_lanes_took": ("one_shot.cuh", "warp_barrier();  // all lanes have what", "//"),
+    "copies_count": ("one_shot.cuh", "part.owns(i) ? mine : 0.0f", "mine"),
 }  # fmt: skip
 
 

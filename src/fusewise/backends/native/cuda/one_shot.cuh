@@ -35,7 +35,7 @@ FW_DEVICE void exchange_row(const OneShotParams& p, const RowPart<Config>& part,
     own[i] = canonical(own[i]);
     FW_UNROLL
     for (int j = 0; j < Config::kWorld - 1; ++j) {
-      if (part.used[i] && !dead) push_words(part.peers[i][j] + phase, own[i]);
+      if (part.owns(i) && !dead) push_words(part.peers[i][j] + phase, own[i]);
     }
     own[i] = or_nan(own[i], dead);
     peers[i].slot = part.slot[i] + phase;
@@ -53,7 +53,8 @@ FW_DEVICE void exchange_row(const OneShotParams& p, const RowPart<Config>& part,
   }
 }
 
-// Puts the sentinel back where the peers' parts were, and stores the sums.
+// Puts the sentinel back where the peers' parts were, and stores the sums. All lanes of the warp must
+// have taken theirs: two may have the same slot.
 template <class Config>
 FW_DEVICE void store_row(const OneShotParams& p, const RowPart<Config>& part, bool dead,
                          const Floats<typename Config::Type> (&total)[Config::kVectors],
@@ -92,13 +93,13 @@ FW_DEVICE void write_fp8(const OneShotParams& p, RowShared<Config::kBlocks>& sha
     if (kOutput == Output::kGroupFp8) {
       const float largest = part.used[i] ? largest_of<Type>(values) : 0.0f;
       scale = dynamic_scale<kOutput>(warp_max(largest, kLanes));
-      if (part.used[i] && part.column[i] % kLanes == 0) {
+      if (part.owns(i) && part.column[i] % kLanes == 0) {
         const int groups = (Config::row_vectors(p) + kLanes - 1) / kLanes;
         const long long at = static_cast<long long>(row) * groups + part.column[i] / kLanes;
         store_word(p.output.scales + at, bits_of(scale));
       }
     }
-    if (!part.used[i]) continue;
+    if (!part.owns(i)) continue;
     store_e4m3<Type, kOutput>(p.output.quantised, part.place[i] / kVectorBytes, values, scale);
   }
 }
@@ -115,7 +116,8 @@ FW_DEVICE void finish_row(const OneShotParams& p, RowShared<Config::kBlocks>& sh
   float squares = 0.0f;
   FW_UNROLL
   for (int i = 0; i < Config::kVectors; ++i) {
-    if (part.used[i]) squares += sum_of_squares<Type>(total[i]);
+    const float mine = sum_of_squares<Type>(total[i]);
+    squares += part.owns(i) ? mine : 0.0f;
   }
   share_over_row<kBlocks>(shared.sums[turn], warp_sum(squares));
   // A block's barrier waits for no store; a cluster's does, so there they come behind it.
@@ -171,6 +173,7 @@ FW_DEVICE void run_row(const OneShotParams& p, RowShared<Config::kBlocks>& share
     if (Config::kBlocks > 1 && row == block_index() / Config::kBlocks) cluster_wait();
     finish_row<Config>(p, shared, row, turn, part, dead, total, peers, weight);
   } else {
+    warp_barrier();  // all lanes have what lies in the slots that are emptied now
     store_row<Config>(p, part, dead, total, peers);
   }
 }
