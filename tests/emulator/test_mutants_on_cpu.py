@@ -43,7 +43,7 @@ MUTANTS = {
     "lost_barrier": ("two_shot.cuh", "  block_barrier();  // all of shared.squares", "  //"),
     "push_before_wait": ("one_shot.cuh", "  dependency_wait();", ""),
     "copies_send": ("one_shot.cuh", "if (part.owns(i) && !dead)", "if (part.used[i] && !dead)"),
-    "emptied_before_all_lanes_took": ("one_shot.cuh", "warp_barrier();  // all lanes have what", "//"),
+    "emptied_before_all_took": ("one_shot.cuh", "warp_barrier();  // all lanes have what", "//"),
     "copies_count": ("one_shot.cuh", "part.owns(i) ? mine : 0.0f", "mine"),
 }  # fmt: skip
 

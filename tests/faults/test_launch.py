@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,27 +23,43 @@ from tests.faults.jobs import FAKES
 TWO = Team(2, (0, 1), (0, 1), PLACES["cpu"])
 
 
-def attempt(how: str) -> tuple[Any, list[tuple[int, dict[str, Any]]]]:
+def attempt(how: str, nursery: Nursery) -> tuple[Any, list[tuple[int, dict[str, Any]]]]:
     events: list[tuple[int, dict[str, Any]]] = []
-    with Nursery() as nursery:
-        outcome = run_attempt(
-            TWO, "tests.faults.jobs:misbehave", {"how": how},
-            lambda r, e: events.append((r, e)), nursery,
-        )  # fmt: skip
+    outcome = run_attempt(
+        TWO,
+        "tests.faults.jobs:misbehave",
+        {"how": how},
+        lambda r, e: events.append((r, e)),
+        nursery,
+    )
     return outcome, events
 
 
-def workers_alive() -> list[str]:
-    """Processes that this test run's supervisors started: they carry its pid in their environment.
+@pytest.fixture(scope="module")
+def nursery() -> Iterator[Nursery]:
+    """One for all attempts here whose output is not looked at."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FUSEWISE_TEST_RUN", f"shared-{os.getpid()}")
+        made = Nursery()
+    with made:
+        yield made
+
+
+def only_it_is_alive(nursery: Nursery) -> bool:
+    return workers_alive(f"shared-{os.getpid()}") == [str(nursery._process.pid)]
+
+
+def workers_alive(run: str = str(os.getpid())) -> list[str]:
+    """Processes that a test run's supervisors started: they carry its mark in their environment.
 
     A rank has the command line and the environment of what it was forked from.
     """
-    mark, found = f"FUSEWISE_TEST_RUN={os.getpid()}".encode(), []
+    mark, found = f"\0FUSEWISE_TEST_RUN={run}\0".encode(), []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             if b"fusewise.ranks.nursery" in (folder / "cmdline").read_bytes():
                 state = (folder / "stat").read_text().rsplit(")", 1)[1].split()[0]
-                if mark in (folder / "environ").read_bytes() and state != "Z":
+                if mark in b"\0" + (folder / "environ").read_bytes() and state != "Z":
                     found.append(folder.name)
         except OSError:  # it ended meanwhile
             continue
@@ -64,20 +81,21 @@ def _marked(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_a_bad_rank_ends_the_attempt_with_its_name_phase_and_backend(
-    how: str, kind: str, reason: str
+    how: str, kind: str, reason: str, nursery: Nursery
 ) -> None:
-    outcome, _ = attempt(how)
+    outcome, _ = attempt(how, nursery)
     failure = outcome.failure
     assert failure is not None
     assert (failure.rank, failure.kind, failure.phase) == (1, kind, "misbehave")
     assert (failure.backend, failure.reason) == ("backend.x", reason)
-    assert workers_alive() == []
+    assert only_it_is_alive(nursery)
 
 
 def test_good_ranks_return_their_results_and_keep_stdout_clean(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    outcome, events = attempt("return")
+    with Nursery() as nursery:  # here, so that what is captured is what it writes to
+        outcome, events = attempt("return", nursery)
     assert outcome.failure is None
     assert outcome.results == {0: "done", 1: "done"}
     assert {rank for rank, _ in events} == {0, 1}
