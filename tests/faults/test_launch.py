@@ -19,6 +19,7 @@ from fusewise.tune import supervise
 from fusewise.tune.settings import Settings
 from fusewise.tune.stack_grid import StackGrid
 from tests.faults.jobs import FAKES
+from tests.ranks import run_ranks
 
 TWO = Team(2, (0, 1), (0, 1), PLACES["cpu"])
 
@@ -89,6 +90,29 @@ def test_a_bad_rank_ends_the_attempt_with_its_name_phase_and_backend(
     assert (failure.rank, failure.kind, failure.phase) == (1, kind, "misbehave")
     assert (failure.backend, failure.reason) == ("backend.x", reason)
     assert only_it_is_alive(nursery)
+
+
+def _without_a_nursery(rank: int) -> str:
+    """What one of two supervisors under torchrun learns when rank 1's cannot start its rank."""
+    from fusewise.ranks.group import Group
+
+    team = Team(2, (rank,), (rank,), PLACES["cpu"], Group(device="cpu", timeout_s=50.0))
+    with Nursery() as nursery:
+        if rank == 1:
+            nursery._process.kill()
+        try:
+            outcome = run_attempt(
+                team, "tests.faults.jobs:misbehave", {"how": "return"}, lambda r, e: None, nursery
+            )
+        except RankError as error:
+            return f"raised: {error}"
+        return str(outcome.failure)
+
+
+def test_peers_hear_at_once_of_a_supervisor_that_cannot_start_its_rank() -> None:
+    learned = run_ranks(_without_a_nursery, 2, timeout_s=40.0)  # less than a wait between ranks
+    assert learned[0] == "rank 1 could not start at 'start'"
+    assert learned[1].startswith("raised: the process that starts ranks")
 
 
 def test_good_ranks_return_their_results_and_keep_stdout_clean(

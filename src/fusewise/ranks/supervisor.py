@@ -96,31 +96,31 @@ def run_attempt(
         timeout_s: bound of every collective wait inside the children.
 
     Raises:
-        RankError: the nursery is gone.
+        RankError: the nursery is gone; supervisors of peers have been told.
     """
     with _rendezvous(team, nursery) as (store, host, port):
         children: list[_Child] = []
+        gone: RankError | None = None
         try:
-            for rank, local_rank in zip(team.ranks, team.local_ranks, strict=True):
-                environment = dict(team.place.environment)
-                if host == "127.0.0.1" and "GLOO_SOCKET_IFNAME" not in os.environ:
-                    environment["GLOO_SOCKET_IFNAME"] = "lo"
-                order = {
-                    "job": job, "request": request, "rank": rank, "local_rank": local_rank,
-                    "world_size": team.world_size, "device": team.place.device(local_rank),
-                    "process_group": team.place.process_group, "store": [host, port],
-                    "timeout_s": timeout_s, "threads": _threads_per_rank(team),
-                    "environment": environment,
-                }  # fmt: skip
+            for order in _orders(team, host, port):
+                order |= {"job": job, "request": request, "timeout_s": timeout_s}
                 children.append(_start(order, nursery))
             _watch(children, store, on_event)
+        except RankError as error:
+            gone = error
+            if store is not None:
+                store.set("failed", "1")
         finally:
             for child in children:
                 _reap(child)
-    failures = [child.failure for child in children if child.failure]
-    if team.peers is not None:
-        told = [vars(f) for f in failures]
-        failures = [Failure(**f) for rank in team.peers.gather("attempt", told) for f in rank]
+        failures = [child.failure for child in children if child.failure]
+        if team.peers is not None:
+            told = [vars(f) for f in failures]
+            if gone is not None:
+                told = [vars(Failure(team.ranks[0], "died", "start", None, "could not start"))]
+            failures = [Failure(**f) for rank in team.peers.gather("attempt", told) for f in rank]
+        if gone is not None:
+            raise gone
     order_of = ("died", "stalled", "error", "stopped")
     worst = min(failures, key=lambda f: (order_of.index(f.kind), f.rank), default=None)
     return Outcome({child.rank: child.result for child in children}, worst)
@@ -149,6 +149,19 @@ def _rendezvous(team: Team, nursery: Nursery) -> Iterator[tuple[Any, str, int]]:
         port = int(store.port)
     port = team.peers.broadcast("rendezvous", port)
     yield store or TCPStore(team.host, port, is_master=False), team.host, port
+
+
+def _orders(team: Team, host: str, port: int) -> Iterator[dict[str, Any]]:
+    """What every rank started here is told of its place."""
+    environment = dict(team.place.environment)
+    if host == "127.0.0.1" and "GLOO_SOCKET_IFNAME" not in os.environ:
+        environment["GLOO_SOCKET_IFNAME"] = "lo"
+    for rank, local_rank in zip(team.ranks, team.local_ranks, strict=True):
+        yield {
+            "rank": rank, "local_rank": local_rank, "world_size": team.world_size,
+            "device": team.place.device(local_rank), "process_group": team.place.process_group,
+            "store": [host, port], "threads": _threads_per_rank(team), "environment": environment,
+        }  # fmt: skip
 
 
 def _threads_per_rank(team: Team) -> int:
