@@ -156,7 +156,7 @@ def verdict(everyone: list[list[dict[str, Any]]], ranks: list[int]) -> tuple[int
 @contextmanager
 def poisoned_memory() -> Iterator[None]:
     """Everything ``torch.empty`` hands out meanwhile is NaN."""
-    # Not use_deterministic_algorithms: that imports Inductor, 1.5 s of every rank's start.
+    # Not use_deterministic_algorithms: that imports Inductor in every rank.
     before = torch.get_deterministic_debug_mode()
     switch: Any = torch.utils.deterministic
     fill = switch.fill_uninitialized_memory
