@@ -140,6 +140,7 @@ def stubbed() -> Any:
         (workspace, "_mapped_words", lambda n: torch.zeros(n, dtype=torch.int32)),
         (launch.Kernels, "load", lambda self, instance: types.SimpleNamespace(handle=1)),
         (driver, "cuOccupancyMaxActiveBlocksPerMultiprocessor", lambda *a: (success[0], 4)),
+        (driver, "cuOccupancyMaxActiveClusters", lambda *a: (success[0], 132)),
         (launch, "driver_launch", lambda: nothing),
         (driver, "cuLaunchKernelEx", lambda *a: success),  # what older trees launch with
         (OneShot, "available", classmethod(lambda cls, node: None)),
