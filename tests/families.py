@@ -40,7 +40,9 @@ _BIAS_PLAN = {
 
 # name: (settings, what becomes of each all-reduce: the embedding's, attention's, the MLP's)
 FAMILIES: dict[str, tuple[dict[str, Any], list[str]]] = {
-    "Llama": ({**_DENSE, "attention_bias": True, "mlp_bias": True}, [FUSE] * 3),
+    "Llama": (_DENSE, [FUSE] * 3),
+    "Llama, biases": ({**_DENSE, "attention_bias": True, "mlp_bias": True}, [FUSE] * 3),
+    "Qwen2": (_DENSE, [FUSE] * 3),
     "Qwen3": (_DENSE, [FUSE] * 3),
     "Gemma": (_DENSE, [SCALED, FUSE, FUSE]),
     "Gemma3Text": (_DENSE, [SCALED, FUSE, FUSE]),
@@ -51,12 +53,12 @@ FAMILIES: dict[str, tuple[dict[str, Any], list[str]]] = {
         {**_DENSE, "residual_multiplier": 0.22, "embedding_multiplier": 4.0},
         [FUSE] + ["scaled by 0.22, which is no power of two"] * 2,
     ),
-    "GraniteMoe": (
-        {**_DENSE, "num_local_experts": 4, "residual_multiplier": 0.25}, [FUSE] * 2,
-    ),
+    "Granite, 0.25": ({**_DENSE, "residual_multiplier": 0.25}, [FUSE] * 3),
+    "GraniteMoe": ({**_DENSE, "num_local_experts": 4}, [FUSE] * 2),
     "NanoChat": (_DENSE, [FUSE] * 3),
     "Qwen2Moe": ({**_ROUTED, "shared_expert_intermediate_size": 32}, [FUSE] * 3),
     "Qwen3Moe": (_ROUTED, [FUSE] * 3),
+    "Mixtral": ({**_DENSE, "num_local_experts": 4}, [FUSE] * 3),
     "MiniMaxM2": ({**_DENSE, "num_local_experts": 4, "num_experts_per_tok": 2}, [FUSE] * 3),
     "GptOss": ({**_DENSE, "num_local_experts": 4, "num_experts_per_tok": 2}, [FUSE] * 2),
     "DeepseekV3": (_LATENT, [FUSE, FUSE, JOIN]),

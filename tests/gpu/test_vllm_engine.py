@@ -212,5 +212,6 @@ def test_the_cap_was_lowered_and_the_longest_prompt_lies_beyond(arms: dict[str, 
 
 
 def test_two_engines_one_after_the_other_answer_alike(arms: dict[str, Any]) -> None:
-    # Not to the bit: which prompts share a step depends on when they reach the scheduler.
+    # They were not equal to the bit when tried. Prompts that share a step in one engine and not in
+    # the other would explain it; nobody has shown that it is so.
     assert _is_noise(*arms["full"]["engines"])
