@@ -130,6 +130,8 @@ def main() -> None:
     write(record, arguments.out, rank)
     if rank == 0:
         print("\n".join(summary(rows, record["bandwidth_gbps"], record["python_us"])))
+    for backend in (*backends, *variants):
+        backend.close()  # a pool that NCCL allocated from must go before NCCL does
     group.barrier("end")
     dist.destroy_process_group()
 

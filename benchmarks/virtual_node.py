@@ -17,6 +17,7 @@ import functools
 import json
 import math
 import os
+import random
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -191,9 +192,10 @@ def timed(
         graphs["gemm"] = captured(node, node.gemm, calls)
     dead = {arm.name: arm.dead for arm in arms}
     times: dict[str, list[float]] = {name: [] for name in graphs}
-    names = list(graphs)
+    order = random.Random(0)
     for turn in range(rounds + 1):
-        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+        # A new order every round: a rotated one gives each arm the same predecessor nearly always.
+        for name in order.sample(list(graphs), len(graphs)):
             took = replay_us(node, graphs[name]) / calls
             if turn:
                 times[name].append(math.nan if name in dead and dead[name]() else took)

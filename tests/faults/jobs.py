@@ -23,11 +23,11 @@ def misbehave(worker: Worker, request: dict[str, Any]) -> str:
         if request["how"] == "late":
             raise UnavailableError("my peer is gone")
         time.sleep(0.3 if request["how"] == "return" else 20)
-        return "done"
+        return f"done as local rank {os.environ['LOCAL_RANK']}"
     worker.phase("misbehave", "backend.x", allow_s=1.0)
     if request["how"] == "return":
         print("chatter on stdout")
-        return "done"
+        return f"done as local rank {os.environ['LOCAL_RANK']}"
     if request["how"] == "late":
         time.sleep(0.2)
     if request["how"] in ("crash", "late"):

@@ -121,7 +121,7 @@ def test_good_ranks_return_their_results_and_keep_stdout_clean(
     with Nursery() as nursery:  # here, so that what is captured is what it writes to
         outcome, events = attempt("return", nursery)
     assert outcome.failure is None
-    assert outcome.results == {0: "done", 1: "done"}
+    assert outcome.results == {0: "done as local rank 0", 1: "done as local rank 1"}
     assert {rank for rank, _ in events} == {0, 1}
     printed = capfd.readouterr()
     assert printed.out == ""

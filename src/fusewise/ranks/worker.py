@@ -46,6 +46,8 @@ def main(order: dict[str, Any], pipe: int) -> int:
     """Runs the order; the exit code says only whether it ended by itself."""
     os.environ.update(order["environment"])
     worker = Worker(order["rank"], order["world_size"], order["device"], pipe)
+    # As torchrun has it: libraries that a rank runs, transformers for one, choose their GPU by it.
+    os.environ["LOCAL_RANK"] = worker.device.partition(":")[2] or str(worker.rank)
     try:
         worker.phase("start", allow_s=START_S)
         _join(worker, order)
