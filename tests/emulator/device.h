@@ -111,7 +111,9 @@ inline void block_barrier() {
   engine->meet(block->barrier, kBlockBarrier, &block, 1, 0, thread_count());
 }
 
-inline void cluster_barrier() {
+inline void cluster_arrive() {}  // whoever waits meets the others there
+
+inline void cluster_wait() {
   engine->land_all(true);
   auto& launch = *engine->current->block->launch;
   const int first = block_index() - cluster_rank();
@@ -123,11 +125,40 @@ inline void cluster_barrier() {
                static_cast<int>(blocks.size()), 0, thread_count());
 }
 
-inline void cluster_arrive() {}  // whoever waits meets the others there
-inline void cluster_wait() { cluster_barrier(); }
+// A round ends when what is expected in it has come, in whichever order.
+struct Inbox {
+  int missing, rounds;
+  bool expects;
 
-inline void store_in_cluster(float* at, int block, float value) {
-  engine->store_in_cluster(at, block, value);
+  void settle(int block) {
+    if (!expects || missing != 0) return;
+    ++rounds;
+    expects = false;
+    engine->wake_readers(block);
+  }
+};
+
+inline void inbox_open(Inbox& inbox) { inbox = Inbox{0, 0, false}; }
+inline void inboxes_opened() {}
+
+inline void inbox_expect(Inbox& inbox, unsigned bytes) {
+  engine->give_way(kAtPush);
+  inbox.missing += static_cast<int>(bytes);
+  inbox.expects = true;
+  inbox.settle(cluster_rank());
+}
+
+inline void inbox_await(Inbox& inbox, unsigned parity) {
+  engine->give_way(kAtPush);
+  while (inbox.rounds % 2 == static_cast<int>(parity)) engine->rest_till_woken();
+}
+
+inline void send_in_cluster(float* at, Inbox& inbox, int block, float value) {
+  engine->give_way(kAtPush);
+  std::memcpy(engine->in_cluster(at, block), &value, sizeof value);
+  auto* counter = static_cast<Inbox*>(engine->in_cluster(&inbox, block));
+  counter->missing -= static_cast<int>(sizeof value);
+  counter->settle(block);
 }
 
 // --- streams and time

@@ -60,6 +60,7 @@ struct Block {
   std::vector<Meeting> warps;
   std::vector<float> lanes[2];  // what shuffles exchange; two sets take turns
   std::vector<Fiber*> fibers;
+  std::vector<Fiber*> readers;  // who waits for what other blocks of the cluster send
 };
 
 struct Fiber {
@@ -135,7 +136,9 @@ class Engine {
   void store(void* at, uint64_t value, int bytes);
   uint64_t load(const void* at, int bytes) const;
   void land_all(bool only_own);
-  void store_in_cluster(float* at, int block, float value);
+  void* in_cluster(void* at, int block);  // the same shared variable of another block
+  void rest_till_woken();
+  void wake_readers(int block);  // of the cluster
   void dependency_wait();
   void dependents_launch();
 
@@ -145,6 +148,7 @@ class Engine {
   Random random;
 
  private:
+  Block* block_of_cluster(int number);
   static void begin();
   void end_thread();
   void to_scheduler();

@@ -77,20 +77,34 @@ void Engine::load_shared(Block* block) {
   loaded_ = block;
 }
 
-void Engine::store_in_cluster(float* at, int block, float value) {
+// A block that has not begun, or has ended, has no shared memory.
+Block* Engine::block_of_cluster(int number) {
   Block* here = current->block;
   const int first = here->index - here->index % here->launch->cluster;
-  const ptrdiff_t offset = reinterpret_cast<char*>(at) - here->launch->kernel->shared_begin;
   for (auto& there : here->launch->live) {
-    if (there->index != first + block) continue;
-    // A block that has not begun, or has ended, has no shared memory.
-    if (!there->begun || there->running == 0) fault_ = kBadAccess;
-    char* target = there.get() == here ? reinterpret_cast<char*>(at)
-                                       : there->shared.data() + offset;
-    std::memcpy(target, &value, sizeof value);
-    return;
+    if (there->index == first + number && there->begun && there->running > 0) return there.get();
   }
   fault_ = kBadAccess;
+  return here;
+}
+
+void* Engine::in_cluster(void* at, int block) {
+  Block* here = current->block;
+  Block* there = block_of_cluster(block);
+  const ptrdiff_t offset = static_cast<char*>(at) - here->launch->kernel->shared_begin;
+  return there == here ? at : there->shared.data() + offset;
+}
+
+void Engine::rest_till_woken() {
+  current->block->readers.push_back(current);
+  current->runnable = false;
+  to_scheduler();
+}
+
+void Engine::wake_readers(int block) {
+  auto& readers = block_of_cluster(block)->readers;
+  for (Fiber* fiber : readers) wake(fiber);
+  readers.clear();
 }
 
 }  // namespace emulator

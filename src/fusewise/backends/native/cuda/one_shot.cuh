@@ -84,7 +84,7 @@ FW_DEVICE void write_fp8(const OneShotParams& p, RowShared<Config::kBlocks>& sha
     for (int i = 0; i < Config::kVectors; ++i) {
       if (part.used[i]) largest = max_or_nan(largest, largest_of<Type>(unpack<Type>(norm[i])));
     }
-    scale = dynamic_scale<kOutput>(row_max<Config::kBlocks>(shared.maxima[turn], largest));
+    scale = dynamic_scale<kOutput>(row_max(shared.maxima, turn, largest));
     if (part.column[0] == 0) store_word(p.output.scales + row, bits_of(scale));
   }
   FW_UNROLL
@@ -112,19 +112,16 @@ FW_DEVICE void finish_row(const OneShotParams& p, RowShared<Config::kBlocks>& sh
                           const Arrival<Config::kWorld> (&peers)[Config::kVectors],
                           Words (&weight)[Config::kVectors]) {
   using Type = typename Config::Type;
-  constexpr int kBlocks = Config::kBlocks;
   float squares = 0.0f;
   FW_UNROLL
   for (int i = 0; i < Config::kVectors; ++i) {
     const float mine = sum_of_squares<Type>(total[i]);
     squares += part.owns(i) ? mine : 0.0f;
   }
-  share_over_row<kBlocks>(shared.sums[turn], warp_sum(squares));
-  // A block's barrier waits for no store; a cluster's does, so there they come behind it.
-  if (kBlocks == 1) store_row<Config>(p, part, dead, total, peers);
-  meet_over_row<kBlocks>();
-  const float sum = total_over_row<kBlocks>(shared.sums[turn]);
-  if (kBlocks > 1) store_row<Config>(p, part, dead, total, peers);
+  share_over_row(shared.sums, turn, warp_sum(squares));
+  store_row<Config>(p, part, dead, total, peers);  // the row's number is on its way
+  meet_over_row(shared.sums, turn);
+  const float sum = total_over_row(shared.sums, turn);
   if (!Config::kEarlyLoads) part.load_weight(p, weight);
   const float scale = reciprocal_sqrt(sum * p.inverse_hidden_size + p.eps);
   Words words[Config::kVectors] = {};
@@ -169,8 +166,8 @@ FW_DEVICE void run_row(const OneShotParams& p, RowShared<Config::kBlocks>& share
     if (Config::kHasNorm) add<Type>(total[i], residual[i]);
   }
   if (Config::kHasNorm) {
-    // No block writes into another before that one has started.
-    if (Config::kBlocks > 1 && row == block_index() / Config::kBlocks) cluster_wait();
+    // No block sends to another before that one has opened its inboxes.
+    if (Config::kBlocks > 1 && turn == 0) cluster_wait();
     finish_row<Config>(p, shared, row, turn, part, dead, total, peers, weight);
   } else {
     warp_barrier();  // all lanes have what lies in the slots that are emptied now
@@ -182,7 +179,7 @@ template <class Config, class Skew = NoSkew>
 FW_DEVICE void one_shot(const OneShotParams& p, RowShared<Config::kBlocks>& shared) {
   const int worker = block_index() / Config::kBlocks;
   const int workers = block_count() / Config::kBlocks;
-  if (Config::kBlocks > 1 && Config::kHasNorm) cluster_arrive();
+  if (Config::kHasNorm) open_row(shared);
   RowPart<Config> part(p, worker);
   if (Config::kEarlyAddresses) part.compute_now();
   dependency_wait();  // by every thread: what runs after this grid may then rely on its end alone
@@ -193,7 +190,7 @@ FW_DEVICE void one_shot(const OneShotParams& p, RowShared<Config::kBlocks>& shar
     run_row<Config, Skew>(p, shared, worker, 0, part, dead);
   } else {
     int turn = 0;
-    for (int row = worker; row < p.num_tokens; row += workers, turn ^= 1) {
+    for (int row = worker; row < p.num_tokens; row += workers, ++turn) {
       run_row<Config, Skew>(p, shared, row, turn, RowPart<Config>(p, row), dead);
     }
   }

@@ -1,9 +1,14 @@
 // One number per row out of one number per thread, in a fixed order: the same bits on every rank.
 //
 // In three steps, so that a kernel can put its stores where they delay nobody: share() a warp's
-// number, meet(), total(). A row is handled by one block, or by the kBlocks blocks of one cluster. Two
-// buffers take turns from row to row: a thread writes a buffer again only after the barrier of the
-// row between, which all readers of the older row have passed. So one barrier per number is enough.
+// number, meet(), total(). A row is handled by one block, which meets at its barrier, or by the
+// kBlocks blocks of one cluster. Those send each other their warps' numbers, and each waits until all
+// of them have arrived: a cluster's barrier would wait for every store to global memory as well. What
+// a block waits for is all that is ever sent to it, so it may end afterwards.
+//
+// Two buffers take turns from row to row. A warp sends its number of a row after it has read those
+// of the row before, and nobody passes a row without everybody's number. So a buffer is written again
+// only when all have read it.
 
 #ifndef FUSEWISE_ROW_REDUCE_CUH
 #define FUSEWISE_ROW_REDUCE_CUH
@@ -14,11 +19,38 @@ namespace fusewise {
 
 constexpr int kMaxWarps = 32;
 
+// What the warps of a row know of each other: a number each. `turn` counts this worker's rows.
+template <int kBlocks>
+struct RowNumbers {
+  alignas(16) float buffers[2][kBlocks * kMaxWarps];
+  Inbox inboxes[2];
+
+  FW_DEVICE float* buffer(int turn) { return buffers[turn % 2]; }
+
+  // By one thread, before any block of the row shares.
+  FW_DEVICE void open() {
+    inbox_open(inboxes[0]);
+    inbox_open(inboxes[1]);
+  }
+};
+
 template <int kBlocks>
 struct RowShared {
-  alignas(16) float sums[2][kBlocks * kMaxWarps];
-  alignas(16) float maxima[2][kBlocks * kMaxWarps];
+  RowNumbers<kBlocks> sums;
+  RowNumbers<kBlocks> maxima;
 };
+
+// Says that the blocks of a row may send each other numbers, once all have met: cluster_wait().
+template <int kBlocks>
+FW_DEVICE void open_row(RowShared<kBlocks>& shared) {
+  if (kBlocks == 1) return;
+  if (thread_index() == 0) {
+    shared.sums.open();
+    shared.maxima.open();
+    inboxes_opened();
+  }
+  cluster_arrive();
+}
 
 FW_DEVICE float warp_sum(float value) {
   FW_UNROLL
@@ -35,32 +67,36 @@ FW_DEVICE float warp_max(float value, int width) {
 
 // Puts this warp's number where every block of the row finds it.
 template <int kBlocks>
-FW_DEVICE void share_over_row(float* buffer, float warp_value) {
+FW_DEVICE void share_over_row(RowNumbers<kBlocks>& numbers, int turn, float warp_value) {
   const int warp = thread_index() / kWarp;
   const int lane = thread_index() % kWarp;
+  const int warps = thread_count() / kWarp;
   if (kBlocks == 1) {
-    if (lane == 0) buffer[warp] = warp_value;
-  } else if (lane < kBlocks) {
-    const int warps = thread_count() / kWarp;
-    store_in_cluster(buffer + cluster_rank() * warps + warp, lane, warp_value);
+    if (lane == 0) numbers.buffer(turn)[warp] = warp_value;
+    return;
   }
+  Inbox& inbox = numbers.inboxes[turn % 2];
+  if (thread_index() == 0) inbox_expect(inbox, kBlocks * warps * sizeof(float));
+  float* place = numbers.buffer(turn) + cluster_rank() * warps + warp;
+  if (lane < kBlocks) send_in_cluster(place, inbox, lane, warp_value);
 }
 
 // All threads of the row call it, between sharing and reading.
 template <int kBlocks>
-FW_DEVICE void meet_over_row() {
+FW_DEVICE void meet_over_row(RowNumbers<kBlocks>& numbers, int turn) {
   if (kBlocks == 1) {
     block_barrier();
   } else {
-    cluster_barrier();
+    inbox_await(numbers.inboxes[turn % 2], turn / 2 % 2);
   }
 }
 
 // The sum over the row, in every thread: four partial sums of the warps' numbers, which are broadcast
 // loads and no shuffles.
 template <int kBlocks>
-FW_DEVICE float total_over_row(const float* buffer) {
+FW_DEVICE float total_over_row(RowNumbers<kBlocks>& numbers, int turn) {
   const int count = kBlocks * (thread_count() / kWarp);
+  const float* buffer = numbers.buffer(turn);
   float part[4] = {};
   FW_UNROLL
   for (int i = 0; i < count; ++i) part[i % 4] += buffer[i];
@@ -69,10 +105,11 @@ FW_DEVICE float total_over_row(const float* buffer) {
 
 // The largest over the row, NaN if there is one. All threads of the row call it.
 template <int kBlocks>
-FW_DEVICE float row_max(float* buffer, float value) {
-  share_over_row<kBlocks>(buffer, warp_max(value, kWarp));
-  meet_over_row<kBlocks>();
+FW_DEVICE float row_max(RowNumbers<kBlocks>& numbers, int turn, float value) {
+  share_over_row(numbers, turn, warp_max(value, kWarp));
+  meet_over_row(numbers, turn);
   const int count = kBlocks * (thread_count() / kWarp);
+  const float* buffer = numbers.buffer(turn);
   float largest = buffer[0];
   FW_UNROLL
   for (int i = 1; i < count; ++i) largest = max_or_nan(largest, buffer[i]);
