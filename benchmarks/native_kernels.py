@@ -24,8 +24,8 @@ from native_summary import summary
 import fusewise
 from fusewise.backends.native.cuda import prepare
 from fusewise.backends.native.fp8 import Fp8
+from fusewise.backends.native.instance import WARP, bound, round_up
 from fusewise.backends.native.strategies import OneShot
-from fusewise.backends.native.variants import WARP, bound, round_up
 from fusewise.backends.registry import ids_for
 from fusewise.backends.steps import build_backend
 from fusewise.backends.torch_dist import Nccl

@@ -21,14 +21,8 @@ from fusewise.backends.native.cuda.build import SOURCES, compile_instance
 from fusewise.backends.native.cuda.launch import Kernels
 from fusewise.backends.native.cuda.params import DEAD_WORDS
 from fusewise.backends.native.cuda.prepare import group_params, one_shot, two_shot
-from fusewise.backends.native.variants import (
-    WARP,
-    Instance,
-    LaunchShape,
-    bound,
-    round_up,
-    vectors_per_row,
-)
+from fusewise.backends.native.instance import WARP, Instance, bound, round_up, vectors_per_row
+from fusewise.backends.native.variants import LaunchShape, Variant
 from fusewise.backends.native.workspace import SlotLayout
 from fusewise.shape import Shape
 
@@ -69,12 +63,14 @@ class Patch:
     Attributes:
         kernel: ``one_shot`` or ``two_shot``.
         edits: (file, old text or nothing for all of it, new text).
+        variant: fields of ``Variant``: another of the shipped launches.
         instance: fields of ``Instance`` that change.
         launch: fields of ``LaunchShape`` that change.
     """
 
     kernel: str
     edits: tuple[tuple[str, str, str], ...] = ()
+    variant: dict[str, Any] = field(default_factory=dict)
     instance: dict[str, Any] = field(default_factory=dict)
     launch: dict[str, Any] = field(default_factory=dict)
 
@@ -156,7 +152,8 @@ class OurKernels(Kernels):
 
 def launch_shape(patch: Patch, shape: Shape, world_size: int, sm: int) -> LaunchShape:
     """The launch of a patched kernel, with the block size that its vectors and blocks ask for."""
-    default = getattr(LaunchShape, patch.kernel)(shape, world_size, sm, "kNorm")
+    make, variant = getattr(LaunchShape, patch.kernel), Variant(**patch.variant)
+    default = make(shape, world_size, sm, "kNorm", variant)
     launch = replace(default, instance=replace(default.instance, **patch.instance))
     if patch.kernel == "one_shot" and "threads" not in patch.launch:
         lanes = launch.instance.vectors * launch.instance.blocks
@@ -224,9 +221,11 @@ def floor(name: str) -> Patch:
     """A kernel that does nothing, or exchanges one vector per lane of one warp, in our launch."""
     text = (SOURCES / "one_shot.cu").read_text()
     body = text[text.index(_BODY) : text.index("}", text.index(_BODY))]
-    launch = {"threads": WARP, "workers": 1}
     return Patch(
-        "one_shot", (("one_shot.cu", body, FLOORS[name]),), {"vectors": 1, "blocks": 1}, launch
+        "one_shot",
+        edits=(("one_shot.cu", body, FLOORS[name]),),
+        instance={"vectors": 1, "blocks": 1},
+        launch={"threads": WARP, "workers": 1},
     )
 
 

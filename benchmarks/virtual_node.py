@@ -32,7 +32,7 @@ from virtual_arms import FLOORS, Arm, Node, Patch, flashinfer, floor, launch_sha
 from virtual_streams import streams_of
 from virtual_summary import tables, targets
 
-from fusewise.backends.native.variants import Instance, vectors_per_row
+from fusewise.backends.native.instance import Instance, vectors_per_row
 from fusewise.profiles.intervals import median_interval
 from fusewise.shape import Shape
 

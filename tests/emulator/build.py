@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, ClassVar
 import fusewise.backends.native.cuda
 
 if TYPE_CHECKING:
-    from fusewise.backends.native.variants import Instance
+    from fusewise.backends.native.instance import Instance
 
 HERE = Path(__file__).parent
 KERNELS = Path(fusewise.backends.native.cuda.__file__).parent

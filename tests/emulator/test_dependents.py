@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from fusewise.backends.native.variants import Instance
+from fusewise.backends.native.instance import Instance
 
 from .build import build
 from .checks import assert_call_is_right

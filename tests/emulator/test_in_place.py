@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from fusewise.backends.native.variants import Instance
+from fusewise.backends.native.instance import Instance
 
 from .build import build
 from .checks import assert_call_is_right, assert_group_is_idle

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fusewise.backends.native.variants import VECTOR_BYTES, WARP, Instance
+from fusewise.backends.native.instance import VECTOR_BYTES, WARP, Instance
 
 from .build import build
 from .checks import assert_call_is_right, assert_group_is_idle
@@ -42,8 +42,13 @@ INSTANCES = [
     Instance("one_shot", "bfloat16", 2, one_row=True, row_vectors=32),
     Instance("one_shot", "bfloat16", 4, blocks=4, one_row=True, row_vectors=65),
     Instance("one_shot", "float32", 8, 2, one_row=True, row_vectors=33),
-    Instance("two_shot", "bfloat16", 4, 2, row_vectors=65),
+    Instance("two_shot", "bfloat16", 4, 2, blocks=4, row_vectors=65),
     Instance("two_shot", "bfloat16", 8, 2, row_vectors=33),
+    # Blocks that share a tile.
+    Instance("two_shot", "bfloat16", 2, blocks=2),
+    Instance("two_shot", "bfloat16", 4, blocks=2, early_trigger=True),
+    Instance("two_shot", "bfloat16", 8, blocks=4),
+    Instance("two_shot", "bfloat16", 4, blocks=2, output="kSum"),
 ]  # fmt: skip
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from fusewise.backends.native.variants import Instance
+from fusewise.backends.native.instance import Instance
 
 from .build import KERNELS, build
 from .checks import assert_call_is_right, assert_group_is_idle
@@ -25,6 +25,8 @@ INSTANCES = [
     Instance("one_shot", "bfloat16", 2, early_trigger=True),
     Instance("two_shot", "bfloat16", 2, early_trigger=True),
     Instance("one_shot", "bfloat16", 2, output="kSum", early_trigger=True),
+    Instance("one_shot", "bfloat16", 2, blocks=2, early_trigger=True),
+    Instance("two_shot", "bfloat16", 2, blocks=2, early_trigger=True),
 ]
 STEPS = 3_000_000  # several times what a whole kernel needs; a stuck one uses them up
 
@@ -44,6 +46,12 @@ MUTANTS = {
     "push_before_wait": ("one_shot.cuh", "  dependency_wait();", ""),
     "copies_send": ("one_shot.cuh", "if (part.owns(i) && !dead)", "if (part.used[i] && !dead)"),
     "emptied_before_all_took": ("one_shot.cuh", "warp_barrier();  // all lanes have what", "//"),
+    "own_blocks_unheard": (
+        "two_shot.cuh", "source == p.group.rank && tile.owns(unit)", "source == p.group.rank",
+    ),
+    "one_copy_of_a_partial": ("two_shot_tile.cuh", "kMaxTileBlocks + block", "kMaxTileBlocks"),
+    "numbers_not_awaited": ("row_reduce.cuh", "inbox_await(", "(void)("),
+    "turns_forgotten": ("row_reduce.cuh", "turn / 2 % 2);", "0);"),
     "copies_count": ("one_shot.cuh", "part.owns(i) ? mine : 0.0f", "mine"),
 }  # fmt: skip
 

@@ -16,7 +16,7 @@ from fusewise.backends.native.cuda.build import compile_instance
 from fusewise.backends.native.cuda.launch import Kernels
 
 if TYPE_CHECKING:
-    from fusewise.backends.native.variants import Instance
+    from fusewise.backends.native.instance import Instance
 
 
 class VirtualParams(ctypes.Structure):

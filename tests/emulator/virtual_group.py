@@ -17,7 +17,8 @@ from fusewise.backends.native.cuda.params import (
     TwoShotParams,
 )
 from fusewise.backends.native.cuda.prepare import group_params
-from fusewise.backends.native.variants import (
+from fusewise.backends.native.instance import (
+    MAX_BLOCKS,
     UNIT_BYTES,
     VECTOR_BYTES,
     WARP,
@@ -101,8 +102,7 @@ class VirtualGroup:
         self.library, self.instances, self.world_size = library, instances, world_size
         self.unit_capacity, self.timeout = unit_capacity, timeout
         # Both strategies in one region, the widest of the two: more sharing than the backends do.
-        words = (world_size - 1) * (3 * unit_capacity * UNIT_BYTES // 4 + unit_capacity)
-        words = -(-words // 4) * 4
+        words = unit_capacity * (3 * (world_size - 1) * UNIT_BYTES // 4 + world_size * MAX_BLOCKS)
         ranks = range(world_size)
         self.slots = [torch.full((words,), -1, dtype=torch.int32) for _ in ranks]
         self.epochs = [torch.zeros(unit_capacity, dtype=torch.int32) for _ in ranks]
@@ -187,7 +187,7 @@ class VirtualGroup:
         entry = 1 + self.instances.index(instance)
         assert self.library.emulator_params_bytes(entry) == ctypes.sizeof(params)
         self.library.emulator_launch(
-            rank, entry, call.workers * instance.blocks, call.threads, instance.blocks,
+            rank, entry, call.workers * instance.blocks, call.threads, instance.cluster,
             call.dependent, ctypes.byref(params),
         )  # fmt: skip
 

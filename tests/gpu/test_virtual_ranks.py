@@ -18,7 +18,8 @@ from fusewise.backends.native.cuda.launch import PreparedLaunch
 from fusewise.backends.native.cuda.params import DEAD_WORDS, Status
 from fusewise.backends.native.cuda.prepare import group_params, one_shot, two_shot
 from fusewise.backends.native.fp8 import Fp8, quantise
-from fusewise.backends.native.variants import LaunchShape, Output
+from fusewise.backends.native.instance import Output
+from fusewise.backends.native.variants import LaunchShape
 from fusewise.backends.native.workspace import SlotLayout
 from fusewise.backends.norm import residual_rms_norm
 from fusewise.errors import InputError

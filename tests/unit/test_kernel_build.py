@@ -8,7 +8,8 @@ from collections.abc import Callable
 import pytest
 
 from fusewise.backends.native.cuda import build, params
-from fusewise.backends.native.variants import Instance, LaunchShape, bound
+from fusewise.backends.native.instance import Instance, bound
+from fusewise.backends.native.variants import LaunchShape
 from fusewise.errors import UnavailableError
 from fusewise.shape import Shape
 from tests.emulator.virtual import layout_checks, virtual_code
@@ -28,7 +29,13 @@ INSTANCES = [
     Instance("two_shot", "float32", 4, output="kStaticFp8", max_threads=512),
 ]
 TWO_SHOT = INSTANCES[5]
-CLUSTER = bound(Instance("one_shot", "bfloat16", 2, vectors=2, blocks=2), 512)
+# Where a row has one vector per thread it has the fewest registers.
+CLUSTERS = [
+    bound(Instance("one_shot", "bfloat16", 2, vectors=2, blocks=2), 512),
+    bound(Instance("one_shot", "float16", 4, blocks=4, output="kTokenFp8", row_vectors=1000), 256),
+    bound(Instance("one_shot", "float32", 8, blocks=2, output="kGroupFp8", row_vectors=1000), 512),
+    Instance("two_shot", "bfloat16", 8, 2, blocks=4, max_threads=512, row_vectors=1024),
+]
 # As they are launched: for one width, with and without a loop over rows.
 SHIPPED = [
     LaunchShape.one_shot(Shape(tokens, hidden), world_size, 90, "kNorm")
@@ -51,8 +58,9 @@ def test_it_compiles_without_spilling_registers(instance: Instance, sm: int) -> 
     assert_clean(instance, sm)
 
 
-def test_clusters_compile() -> None:
-    assert_clean(CLUSTER, 90)
+@pytest.mark.parametrize("instance", CLUSTERS, ids=short)
+def test_blocks_that_share_a_row_compile(instance: Instance) -> None:
+    assert_clean(instance, 90)
 
 
 @pytest.mark.parametrize("launch", SHIPPED, ids=lambda launch: short(launch.instance))

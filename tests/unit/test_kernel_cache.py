@@ -10,7 +10,7 @@ import pytest
 
 from fusewise.backends.native.cuda import build, cubin_cache
 from fusewise.backends.native.cuda.cubin_cache import CubinCache
-from fusewise.backends.native.variants import Instance
+from fusewise.backends.native.instance import Instance
 
 CODE = b"\x7fELF some machine code"
 KEY = "0" * 64

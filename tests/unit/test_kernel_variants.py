@@ -10,8 +10,10 @@ import pytest
 import torch
 
 import fusewise.backends.native.cuda
+from fusewise.backends.native import instance as compiled
 from fusewise.backends.native import variants
-from fusewise.backends.native.variants import LaunchShape, block_limit, bound, widest_row
+from fusewise.backends.native.instance import block_limit, bound
+from fusewise.backends.native.variants import LaunchShape, widest_row
 from fusewise.errors import InputError
 from fusewise.operation import PATH_PATTERN, backend_of, variant_of, variant_path
 from fusewise.shape import Shape
@@ -27,17 +29,15 @@ def one_shot(num_tokens: int, hidden_size: int, world_size: int = 2, sm: int = 9
 @pytest.mark.parametrize(
     ("num_tokens", "hidden_size", "vectors", "threads"),
     [
-        (1, 2048, 1, 256),
-        (2048, 2048, 1, 256),  # 8 MiB, the last size with one vector
-        (2049, 2048, 2, 128),
-        (1, 4088, 1, 512),  # 511 vectors
-        (256, 4096, 1, 512),  # 512 vectors, 2 MiB: the last size with one
-        (257, 4096, 2, 256),
-        (33, 4104, 2, 288),  # 513 vectors
-        (1, 2880, 1, 384),  # 360 vectors: the last warp is partly idle
-        (33, 7168, 2, 448),
+        (151, 2048, 1, 256),  # more rows than are spread
+        (9999, 2048, 1, 256),
+        (1, 2040, 1, 256),  # 255 vectors, too narrow to be spread
+        (301, 4096, 1, 512),  # 512 vectors: the widest with one
+        (301, 4104, 2, 288),
+        (151, 2880, 1, 384),  # 360 vectors: the last warp is partly idle
+        (301, 7168, 2, 448),
         (1, 8, 1, 32),
-        (33, 8192, 2, 512),
+        (301, 8192, 2, 512),
     ],
 )
 def test_vectors_and_threads_of_one_shot(
@@ -53,22 +53,44 @@ def test_vectors_and_threads_of_one_shot(
 @pytest.mark.parametrize(
     ("num_tokens", "hidden_size", "world_size", "sm", "blocks"),
     [
-        (32, 7168, 2, 90, 4),  # 896 vectors
-        (33, 7168, 2, 90, 1),  # too many rows for four blocks each
-        (1, 7160, 2, 90, 1),
-        (16, 7168, 4, 90, 4),
-        (17, 7168, 4, 90, 1),
-        (8, 4096, 8, 90, 4),  # 512 vectors
-        (9, 4096, 8, 90, 1),
-        (1, 4088, 8, 90, 1),
-        (1, 4096, 4, 90, 1),
+        (75, 4096, 2, 90, 4),  # 300 blocks, 128 vectors each
+        (76, 4096, 2, 90, 2),
+        (300, 4096, 2, 90, 2),  # 600 blocks
+        (301, 4096, 2, 90, 1),
+        (150, 7168, 8, 90, 4),  # 600 blocks, 224 vectors each
+        (151, 7168, 8, 90, 2),
+        (1, 4088, 4, 90, 2),  # 511 vectors
+        (150, 2048, 4, 90, 2),
+        (1, 2040, 4, 90, 1),
+        (150, 3576, 2, 90, 2),  # 447 vectors: 300 blocks may be narrower than 600
+        (151, 3576, 2, 90, 1),
         (1, 7168, 2, 80, 1),  # no clusters
     ],
 )
-def test_few_wide_rows_are_spread_over_four_blocks(
+def test_few_rows_are_spread_over_blocks(
     num_tokens: int, hidden_size: int, world_size: int, sm: int, blocks: int
 ) -> None:
     assert one_shot(num_tokens, hidden_size, world_size, sm).instance.blocks == blocks
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "hidden_size", "output", "blocks"),
+    [
+        (33, 8192, "kNorm", 4),  # 132 blocks, 256 vectors each
+        (34, 8192, "kNorm", 2),
+        (66, 8192, "kSum", 2),
+        (67, 8192, "kSum", 1),
+        (1, 4096, "kNorm", 2),
+        (1, 4088, "kNorm", 1),
+        (1, 8192, "kTokenFp8", 1),  # looks at whole rows
+    ],
+)
+def test_few_tiles_are_spread_over_blocks(
+    num_tokens: int, hidden_size: int, output: Any, blocks: int
+) -> None:
+    launch = LaunchShape.two_shot(Shape(num_tokens, hidden_size), 4, 90, output)
+    assert (launch.instance.blocks, launch.instance.cluster) == (blocks, 1)
+    assert launch.grid(7) == 7 * blocks or num_tokens < 7
 
 
 @pytest.mark.parametrize(
@@ -88,7 +110,7 @@ def test_few_wide_rows_are_spread_over_four_blocks(
 def test_wide_rows_take_a_cluster_where_there_are_any(
     hidden_size: int, sm: int, vectors: int, blocks: int, threads: int
 ) -> None:
-    launch = one_shot(33, hidden_size, sm=sm)
+    launch = one_shot(301, hidden_size, sm=sm)
     assert (launch.instance.vectors, launch.instance.blocks) == (vectors, blocks)
     assert launch.threads == threads
 
@@ -112,7 +134,7 @@ def test_every_vector_of_a_row_has_a_thread(hidden_size: int, world_size: int) -
     assert reached * 8 >= hidden_size
     assert launch.threads % 32 == 0
     assert instance.max_threads <= block_limit(world_size, instance.vectors)
-    registers = variants._REGISTERS[world_size, instance.vectors]
+    registers = compiled._REGISTERS[world_size, instance.vectors]
     assert instance.max_threads * instance.min_blocks * registers <= 65536
 
 
@@ -124,11 +146,11 @@ def test_dependent_launch_needs_sm_90() -> None:
 
 @pytest.mark.parametrize(("resident", "grid"), [(0, 1), (1, 1), (99, 99), (100, 100), (101, 100)])
 def test_the_grid_never_exceeds_what_is_resident(resident: int, grid: int) -> None:
-    assert one_shot(100, 2048).grid(resident) == grid
+    assert one_shot(100, 1024).grid(resident) == grid
 
 
 def test_a_cluster_counts_as_one_worker() -> None:
-    assert one_shot(100, 8200).grid(7) == 14
+    assert one_shot(100, 8200).grid(7) == 28
 
 
 @pytest.mark.parametrize(
@@ -147,7 +169,7 @@ def test_tiles_of_two_shot_grow_when_the_device_is_full(
 @pytest.mark.parametrize("world_size", [4, 8])
 def test_a_tile_fits_its_shared_memory(hidden_size: int, world_size: int) -> None:
     launch = LaunchShape.two_shot(Shape(100_000, hidden_size), world_size, 90, "kNorm")
-    units = variants.units_per_row(variants.round_up(hidden_size // 8, world_size) // world_size)
+    units = compiled.units_per_row(compiled.round_up(hidden_size // 8, world_size) // world_size)
     assert launch.rows_per_tile * units <= constant("two_shot_tile.cuh", "kMaxTileUnits")
     assert launch.rows_per_tile <= constant("two_shot_tile.cuh", "kMaxTileRows")
     assert 64 <= launch.threads <= launch.instance.max_threads
@@ -155,8 +177,9 @@ def test_a_tile_fits_its_shared_memory(hidden_size: int, world_size: int) -> Non
 
 def test_constants_agree_with_the_sources() -> None:
     assert constant("two_shot_tile.cuh", "kMaxTileRows") == variants.MAX_TILE_ROWS
+    assert constant("two_shot_tile.cuh", "kMaxTileBlocks") == compiled.MAX_BLOCKS
     assert constant("slots.cuh", "kWarp") * constant("slots.cuh", "kVectorBytes") == 512
-    assert constant("slots.cuh", "kMaxRanks") == max(variants.WORLD_SIZES)
+    assert constant("slots.cuh", "kMaxRanks") == max(compiled.WORLD_SIZES)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
@@ -195,12 +218,12 @@ def constant(file: str, name: str) -> int:
 @pytest.mark.parametrize(
     ("kernel", "shape", "world_size", "sm", "names"),
     [
-        ("one_shot", Shape(16, 2048), 2, 90, {"v2", "v1b4"}),
+        ("one_shot", Shape(16, 2048), 2, 90, {"v1", "v2", "v1b4"}),
         ("one_shot", Shape(16, 2048), 2, 80, {"v2"}),  # no clusters
-        ("one_shot", Shape(40, 8200), 2, 90, {"v1b4"}),  # 1025 vectors: too many threads for v1
+        ("one_shot", Shape(40, 8200), 2, 90, {"v1b2"}),  # 1025 vectors: too many threads for v1
         ("two_shot", Shape(16, 2048), 8, 90, {"r2"}),
         ("two_shot", Shape(600, 2048), 8, 90, {"r1"}),
-        ("two_shot", Shape(16, 65536), 4, 90, set()),  # a row fills a tile
+        ("two_shot", Shape(16, 65536), 4, 90, {"r1", "b2"}),  # a row fills a tile
     ],
 )
 def test_candidates_launch_differently_and_take_the_row(

@@ -37,9 +37,9 @@ def test_size_of_one_shot(
 @pytest.mark.parametrize(
     ("world_size", "num_tokens", "hidden_size", "size_bytes"),
     [
-        (8, 1, 2048, 3 * 7 * 512 + 512),  # 32 vectors each: one unit; 28 bytes of partial sums
+        (8, 1, 2048, 3 * 7 * 512 + 512),  # 32 vectors each: one unit; 128 bytes of partial sums
         (8, 1, 2056, 3 * 7 * 1024 + 512),  # 33 vectors for the first ranks: a second unit
-        (4, 100, 2048, 3 * 3 * 200 * 512 + 2560),  # 200 units of 3 words are 2400 bytes
+        (4, 100, 2048, 3 * 3 * 200 * 512 + 12800),  # 200 units of 16 words
     ],
 )
 def test_size_of_two_shot(

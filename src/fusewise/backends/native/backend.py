@@ -32,7 +32,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from fusewise.backends.native.variants import LaunchShape, Output
+    from fusewise.backends.native.instance import Output
+    from fusewise.backends.native.variants import LaunchShape
     from fusewise.node import Fingerprint
     from fusewise.operation import Op
     from fusewise.ranks.group import Group

@@ -11,14 +11,8 @@ from typing import TYPE_CHECKING, ClassVar
 from fusewise.backends.native.backend import NativeBackend
 from fusewise.backends.native.cuda.params import GroupParams
 from fusewise.backends.native.cuda.prepare import one_shot, two_shot
-from fusewise.backends.native.variants import (
-    VECTOR_BYTES,
-    WORLD_SIZES,
-    Kernel,
-    candidates,
-    vectors_per_row,
-    widest_row,
-)
+from fusewise.backends.native.instance import VECTOR_BYTES, WORLD_SIZES, Kernel, vectors_per_row
+from fusewise.backends.native.variants import candidates, widest_row
 from fusewise.backends.native.workspace import SlotLayout
 from fusewise.shape import Shape
 

@@ -9,89 +9,42 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Literal
 
+from fusewise.backends.native.instance import (
+    MAX_BLOCKS,
+    VECTOR_BYTES,
+    WARP,
+    Instance,
+    Kernel,
+    Output,
+    block_limit,
+    bound,
+    round_up,
+    units_per_row,
+    vectors_per_row,
+)
 from fusewise.errors import InputError
-from fusewise.shape import DType, Shape
+from fusewise.shape import Shape
 
-Kernel = Literal["one_shot", "two_shot"]
-Output = Literal["kSum", "kNorm", "kStaticFp8", "kTokenFp8", "kGroupFp8"]
-
-WORLD_SIZES = (2, 4, 8)
-VECTOR_BYTES = 16
-WARP = 32
-UNIT_BYTES = WARP * VECTOR_BYTES  # slots.cuh: one warp's vectors
-MAX_BLOCKS_PER_ROW = 4  # blocks of one cluster that share a row; 8 is the portable limit
-_CPP_TYPES: dict[DType, str] = {
-    "bfloat16": "BFloat16", "float16": "Float16", "float32": "Float32",
-}  # fmt: skip
-_REGISTERS_PER_SM = 65536  # every architecture from sm_80 to sm_100
-# Registers a thread may use without spilling: (world_size, vectors) → count, as ptxas reports them
-# for sm_80, which needs most. A test compiles them and fails when one spills.
-_REGISTERS = {
-    (2, 1): 48, (2, 2): 72, (2, 4): 128,
-    (4, 1): 64, (4, 2): 104, (4, 4): 168,
-    (8, 1): 80, (8, 2): 128, (8, 4): 256,
-}  # fmt: skip
-_CLUSTER_REGISTERS = 16  # more, where blocks of a cluster share a row
-_BLOCK_SIZES = (256, 384, 512, 1024)  # how large a block may be
 _MOST_AHEAD = 2  # vectors of 16 bytes that a two-shot thread asks for before it uses the first
 _TWO_SHOT_THREADS = 512  # 128 registers each: eight ranks' vectors fit without spilling
 # Rows are bundled into tiles only where one per block already fills the device: two blocks on each
 # of the 132 SMs of H100 and H200. A constant, because tiles must be equal on all ranks.
 _BUSY_BLOCKS = 264
 MAX_TILE_ROWS = 16  # kMaxTileRows in two_shot_tile.cuh
-# Vectors per thread. On two H100s (benchmarks/results/two_gpus) one was faster for rows of 256
-# vectors (hidden 2048 in bf16) up to 8 MiB and more, for 512 up to 2 MiB; two from 896 on. With
-# more ranks, which were only virtual, two from 512 on.
-_TWO_VECTORS_FROM = {2: 513, 4: 512, 8: 512}
-_NARROW_ABOVE_BYTES = 8 * 2**20
-_WIDE_FROM = 512
-_WIDE_ABOVE_BYTES = 2 * 2**20
-# A wide row keeps one multiprocessor busy with (world_size - 1) copies of it. While rows are few,
-# four blocks share one, from this many vectors per row on: benchmarks/results/one_gpu has the data.
-_SPREAD_FROM = {2: 896, 4: 896, 8: 512}
-# Up to so many num_tokens * world_size there is room for four times the blocks.
-_SPREAD_RANK_ROWS = 64
-
-
-@dataclass(frozen=True)
-class Instance:
-    """One compiled kernel: everything that is fixed at compile time."""
-
-    kernel: Kernel
-    dtype: DType
-    world_size: int
-    vectors: int = 1  # 16-byte vectors per thread
-    blocks: int = 1  # blocks per row, one cluster
-    output: Output = "kNorm"
-    early_trigger: bool = False
-    max_threads: int = 256
-    min_blocks: int = 1
-    one_row: bool = False  # every worker has one row: no loop over rows, a sixth fewer registers
-    row_vectors: int = 0  # of the message; 0: known at run time only
-    threads: int = 0  # of a block; 0: likewise
-
-    @property
-    def function(self) -> str:
-        """The kernel's name in its cubin."""
-        return f"fusewise_{self.kernel}"
-
-    def defines(self) -> list[tuple[str, str]]:
-        """What the source is compiled with."""
-        return [
-            ("FW_TYPE", _CPP_TYPES[self.dtype]),
-            ("FW_WORLD", str(self.world_size)),
-            ("FW_VECTORS", str(self.vectors)),
-            ("FW_BLOCKS", str(self.blocks)),
-            ("FW_OUTPUT", self.output),
-            ("FW_EARLY_TRIGGER", str(self.early_trigger).lower()),
-            ("FW_MAX_THREADS", str(self.max_threads)),
-            ("FW_MIN_BLOCKS", str(self.min_blocks)),
-            ("FW_ONE_ROW", str(self.one_row).lower()),
-            ("FW_ROW_VECTORS", str(self.row_vectors)),
-            ("FW_THREADS", str(self.threads)),
-        ]
+# Of two ranks: a row's vectors from which a thread has two, unless four blocks share it. On two
+# H100s (benchmarks/results/two_gpus) one was faster for 512 vectors, two for many rows of 896. Of
+# four and eight ranks, which were only virtual, one was never slower.
+_TWO_VECTORS_FROM = 513
+# Few rows are spread over several blocks each: with one, a multiprocessor moves all copies of a row
+# alone. (blocks of the launch, vectors of a row for each of its blocks): up to so many with at
+# least so many. One-shot's are from two H100s: four blocks for each of 146 wide rows were a tenth
+# ahead of two, and far behind at twice as many. Two-shot's fit a block on each of 132
+# multiprocessors.
+_SPREAD: dict[Kernel, tuple[tuple[int, int], ...]] = {
+    "one_shot": ((300, 128), (600, 224)),
+    "two_shot": ((132, 256),),
+}
 
 
 @dataclass(frozen=True)
@@ -100,7 +53,7 @@ class Variant:
 
     Args:
         vectors: 16-byte vectors per thread.
-        blocks: blocks of one cluster that share a row.
+        blocks: blocks that share a row or, in two-shot, a tile.
         rows_per_tile: rows that a two-shot block handles together.
         early_trigger: lets the next dependent launch begin before this one's outputs are written.
             Right only where the next kernel waits (``griddepcontrol.wait``) before it reads them.
@@ -119,9 +72,16 @@ VARIANTS: dict[Kernel, dict[str, Variant]] = {
         "early": EARLY,
         "v1": Variant(vectors=1, blocks=1),
         "v2": Variant(vectors=2, blocks=1),
+        "v1b2": Variant(vectors=1, blocks=2),
         "v1b4": Variant(vectors=1, blocks=4),
     },
-    "two_shot": {"early": EARLY, "r1": Variant(rows_per_tile=1), "r2": Variant(rows_per_tile=2)},
+    "two_shot": {
+        "early": EARLY,
+        "r1": Variant(rows_per_tile=1, blocks=1),
+        "r2": Variant(rows_per_tile=2, blocks=1),
+        "b2": Variant(rows_per_tile=1, blocks=2),
+        "b4": Variant(rows_per_tile=1, blocks=4),
+    },
 }
 
 
@@ -210,13 +170,17 @@ class LaunchShape:
         shard_units = units_per_row(-(-row_vectors // world_size))
         most = max(1, min(_TWO_SHOT_THREADS // WARP // shard_units, MAX_TILE_ROWS))
         rows = min(max(1, variant.rows_per_tile or shape.num_tokens // _BUSY_BLOCKS), most)
-        threads = min(_TWO_SHOT_THREADS, round_up(rows * row_vectors, 2 * WARP))
-        pieces = rows * shard_units * (world_size - 1)
+        units = rows * shard_units
+        blocks = variant.blocks or _spread("two_shot", shape)
+        blocks = 1 if output.endswith("Fp8") else min(blocks, units)
+        threads = min(_TWO_SHOT_THREADS, round_up(-(-rows * row_vectors // blocks), 2 * WARP))
+        pieces = -(-units // blocks) * (world_size - 1)
         instance = Instance(
             "two_shot",
             shape.dtype,
             world_size,
             vectors=min(_MOST_AHEAD, -(-pieces * WARP // threads)),
+            blocks=blocks,
             output=output,
             early_trigger=variant.early_trigger,
             max_threads=_TWO_SHOT_THREADS,
@@ -238,58 +202,34 @@ class LaunchShape:
         return max(1, min(self.workers, resident_workers)) * self.instance.blocks
 
 
-def bound(instance: Instance, threads: int) -> Instance:
-    """The instance for blocks of that size, with launch bounds that keep it out of local memory."""
-    registers = _REGISTERS[instance.world_size, instance.vectors]
-    registers += _CLUSTER_REGISTERS if instance.blocks > 1 else 0
-    min_blocks = max(1, _REGISTERS_PER_SM // (registers * threads))
-    return replace(instance, threads=threads, max_threads=threads, min_blocks=min_blocks)
-
-
-def block_limit(world_size: int, vectors: int) -> int:
-    """The most threads a block may have with this many vectors per thread."""
-    registers = _REGISTERS[world_size, vectors]
-    return max(size for size in _BLOCK_SIZES if size * registers <= _REGISTERS_PER_SM)
-
-
 def widest_row(world_size: int, sm: int) -> int:
     """Vectors of the widest row that the one-shot kernel takes."""
-    blocks = MAX_BLOCKS_PER_ROW if sm >= 90 else 1
+    blocks = MAX_BLOCKS if sm >= 90 else 1
     return blocks * max(v * block_limit(world_size, v) for v in (1, 2, 4))
 
 
+def _spread(kernel: Kernel, shape: Shape) -> int:
+    """Blocks that share a row because rows are few: a power of two."""
+    for blocks in (MAX_BLOCKS, 2):
+        for most, least in _SPREAD[kernel]:
+            if shape.num_tokens * blocks <= most and vectors_per_row(shape) >= blocks * least:
+                return blocks
+    return 1
+
+
 def _split_row(row_vectors: int, shape: Shape, world_size: int, sm: int) -> tuple[int, int]:
-    """Vectors per thread and blocks per row. A cluster is preferred to four vectors per thread,
-    which wait for the peers one after the other."""
-    few = shape.num_tokens * world_size <= _SPREAD_RANK_ROWS
-    spread = MAX_BLOCKS_PER_ROW * block_limit(world_size, 1)
-    if sm >= 90 and few and _SPREAD_FROM[world_size] <= row_vectors <= spread:
-        return 1, MAX_BLOCKS_PER_ROW
-    wide = row_vectors >= _WIDE_FROM
-    most = _WIDE_ABOVE_BYTES if wide else _NARROW_ABOVE_BYTES
-    two = row_vectors >= _TWO_VECTORS_FROM[world_size] or shape.message_bytes > most
-    blocks_allowed = (1, 2, MAX_BLOCKS_PER_ROW) if sm >= 90 else (1,)
-    for vectors in (2, 4) if two else (1, 2, 4):
-        for blocks in blocks_allowed:
-            if row_vectors <= vectors * blocks * block_limit(world_size, vectors):
-                return vectors, blocks
+    """Vectors per thread and blocks per row: those that few rows are spread over, else the fewest.
+    A cluster is preferred to four vectors per thread, which wait for the peers one by one."""
+    clusters = (2, MAX_BLOCKS) if sm >= 90 else ()
+    two = world_size == 2 and row_vectors >= _TWO_VECTORS_FROM
+    spread = _spread("one_shot", shape)
+    few = [(2 if two and spread < MAX_BLOCKS else 1, spread)] if spread in clusters else []
+    many = [(v, b) for v in ((2, 4) if two else (1, 2, 4)) for b in (1, *clusters)]
+    for vectors, blocks in (*few, *many):
+        if row_vectors <= vectors * blocks * block_limit(world_size, vectors):
+            return vectors, blocks
     raise InputError(
         "row too wide for the native kernels",
         expected=f"at most {widest_row(world_size, sm) * VECTOR_BYTES} bytes on sm_{sm}",
         got=f"{row_vectors * VECTOR_BYTES} bytes",
     )
-
-
-def vectors_per_row(shape: Shape) -> int:
-    """16-byte vectors of one row; the row must be a whole number of them."""
-    return shape.row_bytes // VECTOR_BYTES
-
-
-def units_per_row(row_vectors: int) -> int:
-    """512-byte units that ``row_vectors`` begin."""
-    return -(-row_vectors // WARP)
-
-
-def round_up(value: int, step: int) -> int:
-    """The next multiple of ``step``."""
-    return -(-value // step) * step

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from fusewise.backends.native.cuda.params import DEAD_WORDS
-from fusewise.backends.native.variants import UNIT_BYTES, VECTOR_BYTES
+from fusewise.backends.native.instance import MAX_BLOCKS, UNIT_BYTES, VECTOR_BYTES
 from fusewise.backends.steps import together
 from fusewise.errors import UnavailableError, WorkspaceError
 
@@ -38,8 +38,8 @@ class SlotLayout:
 
     Args:
         strategy: ``one_shot`` keeps two phases of every unit from every peer. ``two_shot`` keeps
-            two phases of the rank's own columns, one gathered copy of everybody else's, and a
-            word per unit and peer for the partial sums.
+            two phases of the rank's own columns, one gathered copy of everybody else's, and for the
+            partial sums a word per unit, rank and block that may share a tile.
         world_size: ranks.
         units: 512-byte units per source and phase.
     """
@@ -71,10 +71,11 @@ class SlotLayout:
     @property
     def size_bytes(self) -> int:
         """Bytes of slots on each rank."""
-        one_shot = self.strategy == "one_shot"
-        words = (self.world_size - 1) * self.units
-        partials = 0 if one_shot else -(-words * 4 // UNIT_BYTES) * UNIT_BYTES
-        return (2 if one_shot else 3) * words * UNIT_BYTES + partials
+        vectors = (self.world_size - 1) * self.units * UNIT_BYTES
+        if self.strategy == "one_shot":
+            return 2 * vectors
+        words = self.world_size * self.units * MAX_BLOCKS * 4
+        return 3 * vectors + -(-words // UNIT_BYTES) * UNIT_BYTES
 
     def lacks(self, other: SlotLayout) -> str | None:
         """Why ``other`` does not fit in here, with both sizes; None if it does."""

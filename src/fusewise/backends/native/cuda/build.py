@@ -17,7 +17,7 @@ from fusewise.node import kernels_digest
 
 if TYPE_CHECKING:
     from fusewise.backends.native.cuda.cubin_cache import CubinCache
-    from fusewise.backends.native.variants import Instance
+    from fusewise.backends.native.instance import Instance
 
 SOURCES = Path(__file__).parent
 INSTALL_HINT = 'Install it with: pip install "fusewise[cuda]"'

@@ -19,7 +19,8 @@ from fusewise.errors import UnavailableError
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from fusewise.backends.native.variants import Instance, LaunchShape
+    from fusewise.backends.native.instance import Instance
+    from fusewise.backends.native.variants import LaunchShape
 
 
 class Kernels:
@@ -89,13 +90,13 @@ class Kernels:
         return PreparedLaunch(function, config, parameters, kernel), resident
 
     def _resident_workers(self, function: Any, config: Any, shape: LaunchShape) -> int:
-        """Row workers (blocks, or clusters of them) that fit on the device at once."""
+        """Row workers, each all the blocks of a row or tile, that fit on the device at once."""
         from cuda.bindings import driver
 
-        if shape.instance.blocks > 1:
+        if shape.instance.cluster > 1:
             return int(_checked(driver.cuOccupancyMaxActiveClusters(function, config)))
         blocks = driver.cuOccupancyMaxActiveBlocksPerMultiprocessor(function, shape.threads, 0)
-        return int(_checked(blocks)) * self._multiprocessors
+        return int(_checked(blocks)) * self._multiprocessors // shape.instance.blocks
 
 
 class PreparedLaunch:
@@ -158,10 +159,10 @@ def _attributes(shape: LaunchShape, cooperative: bool) -> list[Any]:
         dependent.id = kinds.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
         dependent.value.programmaticStreamSerializationAllowed = 1
         attributes.append(dependent)
-    if shape.instance.blocks > 1:
+    if shape.instance.cluster > 1:
         cluster = driver.CUlaunchAttribute()
         cluster.id = kinds.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
-        cluster.value.clusterDim.x = shape.instance.blocks
+        cluster.value.clusterDim.x = shape.instance.cluster
         cluster.value.clusterDim.y = cluster.value.clusterDim.z = 1
         attributes.append(cluster)
     if cooperative:

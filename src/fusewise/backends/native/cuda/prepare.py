@@ -8,14 +8,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from fusewise.backends.native.cuda.params import GroupParams, OneShotParams, TwoShotParams
-from fusewise.backends.native.variants import (
-    UNIT_BYTES,
-    LaunchShape,
-    Output,
-    units_per_row,
-    variant,
-    vectors_per_row,
-)
+from fusewise.backends.native.instance import UNIT_BYTES, Output, units_per_row, vectors_per_row
+from fusewise.backends.native.variants import LaunchShape, variant
 from fusewise.backends.native.workspace import shard_vectors
 
 if TYPE_CHECKING:

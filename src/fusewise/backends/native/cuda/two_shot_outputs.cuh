@@ -32,20 +32,21 @@ FW_DEVICE Words norm_of(const Tile<Config>& tile, float scale, Words sum, Words 
   return pack<Type>(normalise<Type>(unpack<Type>(sum), scale, weight, tile.p.weight_bias));
 }
 
-// The norm of this rank's own columns. `first` is the warp's first unit as reduce() stored it; of
-// further units each thread reads back what it stored.
+// The norm of this rank's own columns. `sum` and `weight` are those of the warp's first unit as reduce()
+// had them; of further units each thread reads back what it stored.
 template <class Config>
-FW_DEVICE void write_own(const Tile<Config>& tile, const TwoShotShared& shared, Words first) {
+FW_DEVICE void write_own(const Tile<Config>& tile, const TwoShotShared& shared, Words sum,
+                         Words weight) {
   const TwoShotParams& p = tile.p;
-  for (int i = thread_index() / kWarp; i < tile.units(); i += thread_count() / kWarp) {
+  for (int i = reducing_warp(); i < tile.own_units(); i += thread_count() / kWarp) {
     const Piece piece = tile.own_piece(i);
     if (piece.column < 0) continue;
-    Words sum = first;
     if (i >= thread_count() / kWarp) {
       sum = load_words(static_cast<const char*>(p.residual_out) + tile.place(piece));
+      weight = weight_at(p, piece.column);
     }
     store_words(static_cast<char*>(p.output.out) + tile.place(piece),
-                norm_of(tile, scale_of(tile, shared, piece.row), sum, weight_at(p, piece.column)));
+                norm_of(tile, scale_of(tile, shared, piece.row), sum, weight));
   }
 }
 

@@ -11,6 +11,7 @@ namespace fusewise {
 
 constexpr int kMaxTileRows = 16;
 constexpr int kMaxTileUnits = 256;
+constexpr int kMaxTileBlocks = 4;
 constexpr int kGatherPhase = 2;
 constexpr int kPartialPhase = 3;
 
@@ -33,16 +34,20 @@ struct TwoShotParams {
 };
 
 // What is compiled, as OneShotConfig.
-template <class Type_, int kWorld_, int kAhead_, Output kOutput_, bool kEarlyTrigger_,
-          int kRowVectors_ = 0>
+template <class Type_, int kWorld_, int kAhead_, int kBlocks_, Output kOutput_,
+          bool kEarlyTrigger_, int kRowVectors_ = 0>
 struct TwoShotConfig {
   using Type = Type_;
   static constexpr int kWorld = kWorld_;
   static constexpr int kPeers = kWorld - 1;
   static constexpr int kAhead = kAhead_;  // vectors a thread loads or asks for before it uses one
+  static constexpr int kBlocks = kBlocks_;  // that share a tile, each its units
   static constexpr Output kOutput = kOutput_;
   static constexpr bool kEarlyTrigger = kEarlyTrigger_;
   static constexpr bool kHasNorm = kOutput != Output::kSum;
+  static_assert(kBlocks <= kMaxTileBlocks && kBlocks * kWorld <= kWarp, "a lane sends each word");
+  static_assert(kBlocks == 1 || kOutput == Output::kNorm || kOutput == Output::kSum,
+                "an FP8 output looks at whole rows");
   static constexpr int kRowVectors = kRowVectors_;
   static constexpr int kShardVectors = (kRowVectors + kWorld - 1) / kWorld;
 
@@ -74,19 +79,36 @@ template <class Config>
 struct Tile {
   const TwoShotParams& p;
   int first_row;
-  int rows;
-  bool dead;  // sends nothing, takes nothing, gives NaN
+  int rows;           // none behind the last tile
+  int share;          // this block among the tile's: it has every kBlocks-th unit, of all owners
+  bool dead = false;  // sends nothing, takes nothing, gives NaN
+
+  FW_DEVICE Tile(const TwoShotParams& p, int number)
+      : p(p), share(block_index() % Config::kBlocks) {
+    go_to(number);
+  }
+
+  FW_DEVICE void go_to(int number) {
+    first_row = number * p.rows_per_tile;
+    const int left = p.num_tokens - first_row;
+    rows = left < p.rows_per_tile ? left : p.rows_per_tile;
+  }
 
   FW_DEVICE int units() const { return rows * Config::shard_units(p); }
-  FW_DEVICE int pieces() const { return units() * Config::kPeers; }
+  FW_DEVICE int own_units() const {
+    return (units() - share + Config::kBlocks - 1) / Config::kBlocks;
+  }
+  FW_DEVICE int own_unit(int i) const { return i * Config::kBlocks + share; }
+  FW_DEVICE bool owns(int unit) const { return unit % Config::kBlocks == share; }
 
-  // Piece number `i` of this rank's own columns.
-  FW_DEVICE Piece own_piece(int i) const { return piece(i, -1); }
+  // Piece number `i` of this block, of this rank's own columns.
+  FW_DEVICE Piece own_piece(int i) const { return piece(own_unit(i), -1); }
 
-  // Piece number `i` of all peers' columns; none from number pieces() on.
+  // Piece number `i` of this block, of all peers' columns; none from number peers_pieces() on.
+  FW_DEVICE int peers_pieces() const { return own_units() * Config::kPeers; }
   FW_DEVICE Piece peers_piece(int i) const {
-    Piece found = piece(i / Config::kPeers, i % Config::kPeers);
-    if (i >= pieces()) found.column = -1;
+    Piece found = piece(own_unit(i / Config::kPeers), i % Config::kPeers);
+    if (i >= peers_pieces()) found.column = -1;
     return found;
   }
 
@@ -125,13 +147,19 @@ struct Tile {
   }
 };
 
+// The warp's number where a rank's own columns are shared out: from the last, which have the fewest of
+// the peers' to send before they can wait.
+FW_DEVICE int reducing_warp() { return thread_count() / kWarp - 1 - thread_index() / kWarp; }
+
 // A rank's number among the peers of another.
 FW_DEVICE int dense(int source, int owner) { return source - (source > owner ? 1 : 0); }
 
-// Where the partial sums of a unit arrive behind a rank's slots: a word per source, behind the vectors.
+// Where the partial sums of a unit arrive behind a rank's slots, behind the vectors: for each block that
+// may share a tile a word per source, this rank among them.
 template <int kWorld>
-FW_DEVICE long long partial_offset(const GroupParams& group, long long unit) {
-  return (3 * group.unit_capacity * kUnitBytes + unit * 4) * (kWorld - 1);
+FW_DEVICE long long partial_offset(const GroupParams& group, long long unit, int block) {
+  return 3 * group.unit_capacity * kUnitBytes * (kWorld - 1) +
+         (unit * kMaxTileBlocks + block) * kWorld * 4;
 }
 
 }  // namespace fusewise
