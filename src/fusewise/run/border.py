@@ -83,6 +83,25 @@ def usable(x: Tensor, name: str, device: torch.device) -> Tensor:
     return aligned(x if x.is_contiguous() else x.contiguous())
 
 
+def operands(
+    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, device: torch.device
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """The operands as kernels take them; copies where they must be, an error where none can."""
+    rows = rows_of(x, "x", device)
+    check_eps(eps)
+    if residual is not None:
+        if not isinstance(residual, torch.Tensor):
+            raise no_tensor("residual", residual)
+        if residual.shape != x.shape or residual.dtype != x.dtype:
+            raise mismatch("residual", residual, x.shape, x.dtype)
+        residual = rows_of(residual, "residual", device)
+    if not isinstance(weight, torch.Tensor):
+        raise no_tensor("weight", weight)
+    if weight.ndim != 1 or weight.numel() != rows.shape[1] or weight.dtype != x.dtype:
+        raise mismatch("weight", weight, rows.shape[1:], x.dtype)
+    return rows, residual, usable(weight, "weight", device)
+
+
 def on_aligned(call: Callable[..., Any]) -> Callable[..., Any]:
     """``call`` for tensors at any address."""
     return lambda *given: call(*(aligned(g) if isinstance(g, Tensor) else g for g in given))

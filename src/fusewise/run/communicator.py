@@ -1,8 +1,8 @@
 """Runs what the plan says: ``Communicator(group).all_reduce_rms_norm(x, residual, weight)``.
 
 Rank 0 finds the profile and derives the plan; every rank receives it and all compare its digest
-before the first message. After that a call is one dictionary lookup, a look at its tensors, and
-what the backend prepared for the shape.
+before the first message. After that a call is a look at its tensors and what the backend prepared
+for the shape; a dictionary lookup besides where they differ from the last call's.
 """
 
 from __future__ import annotations
@@ -13,10 +13,9 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, overload
 
 import torch
-from torch.compiler import is_compiling
+from torch.compiler import is_compiling, is_dynamo_compiling
 
 from fusewise.backends.native.fp8 import Fp8, Fp8Result, check_static_scale
-from fusewise.backends.norm import residual_rms_norm
 from fusewise.backends.registry import select
 from fusewise.errors import InputError
 from fusewise.operation import Op, known_op
@@ -25,10 +24,10 @@ from fusewise.profiles.schema import Profile
 from fusewise.ranks.agreement import fingerprint_of
 from fusewise.ranks.group import Group
 from fusewise.run import registry
-from fusewise.run.border import ROWS, check_bounds, check_eps, mismatch, no_tensor, rows_of, usable
+from fusewise.run.border import ROWS, check_bounds, no_tensor, operands, rows_of
 from fusewise.run.debug import compare_calls, described
 from fusewise.run.paths import Paths
-from fusewise.run.runs import Runs
+from fusewise.run.runs import SUM, Runs, alone
 from fusewise.shape import Shape
 
 if TYPE_CHECKING:
@@ -107,22 +106,31 @@ class Communicator:
         Raises:
             InputError: another dtype or device, or a tensor that needs a gradient.
         """
+        if is_dynamo_compiling():
+            return self._sum_in_graph(x)
+        latest = self._runs.latest[SUM]
+        if latest.seen(x):
+            summed: Tensor = latest.call(x)
+            return summed
         if is_compiling():
-            reduced: Tensor = torch.ops.fusewise.all_reduce(x, self._name_in_graph())
-            return reduced
+            return self._sum_in_graph(x)
         try:
             shape = x.shape
         except AttributeError:
             raise no_tensor("x", x) from None
         run = self._runs.get((shape, x.dtype))
         if run is not None and (run.seen(x) or run.takes(x)):
-            summed: Tensor = run.call(x)
-            return summed
+            self._runs.remember(SUM, run)
+            return run.call(x)  # type: ignore[no-any-return]
         rows = rows_of(x, "x", self._device)
         if self.group.world_size == 1 or rows.numel() == 0:
             return x.clone(memory_format=torch.contiguous_format)
         summed = self._runs.of("all_reduce", x, rows).call(rows)
         return summed if x.ndim == ROWS else summed.view(shape)
+
+    def _sum_in_graph(self, x: Tensor) -> Tensor:
+        reduced: Tensor = torch.ops.fusewise.all_reduce(x, self._name_in_graph())
+        return reduced
 
     @overload
     def all_reduce_rms_norm(
@@ -168,11 +176,21 @@ class Communicator:
             return self._quantised(x, residual, weight, eps, weight_bias, fp8, static_scale)
         if static_scale is not None:
             raise InputError("a static_scale without fp8", expected="fp8=Fp8('static')")
+        if is_dynamo_compiling():
+            return self._norm_in_graph(x, residual, weight, eps, weight_bias)
+        bare, biased = residual is None, weight_bias != 0.0
+        latest = self._runs.latest[2 * bare + biased]
+        if latest.seen(x, weight) if bare else latest.seen(x, weight, residual):
+            results: tuple[Tensor, Tensor] = latest.call(x, residual, weight, eps, weight_bias)
+            return results
+        return self._found(x, residual, weight, eps, weight_bias)
+
+    def _found(
+        self, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, weight_bias: float
+    ) -> tuple[Tensor, Tensor]:
+        """``all_reduce_rms_norm`` of tensors unlike those of the last call: of fake ones too."""
         if is_compiling():
-            both: tuple[Tensor, Tensor] = torch.ops.fusewise.all_reduce_rms_norm(
-                x, residual, weight, eps, weight_bias, self._name_in_graph()
-            )
-            return both
+            return self._norm_in_graph(x, residual, weight, eps, weight_bias)
         try:
             shape = x.shape
         except AttributeError:
@@ -183,15 +201,24 @@ class Communicator:
             (run.seen(x, weight) if bare else run.seen(x, weight, residual))
             or (isinstance(weight, torch.Tensor) and run.takes(x, weight, residual))
         ):
+            self._runs.remember(2 * bare + biased, run)
             results: tuple[Tensor, Tensor] = run.call(x, residual, weight, eps, weight_bias)
             return results
-        rows, residual, weight = self._usable(x, residual, weight, eps)
+        rows, residual, weight = operands(x, residual, weight, eps, self._device)
         if self.group.world_size == 1 or rows.numel() == 0:
-            out, total = _alone(rows, residual, weight, eps, weight_bias)
+            out, total = alone(rows, residual, weight, eps, weight_bias)
         else:
             run = self._runs.of("all_reduce_rms_norm", x, rows, bare, biased)
             out, total = run.call(rows, residual, weight, eps, weight_bias)
         return (out, total) if x.ndim == ROWS else (out.view(shape), total.view(shape))
+
+    def _norm_in_graph(
+        self, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, weight_bias: float
+    ) -> tuple[Tensor, Tensor]:
+        both: tuple[Tensor, Tensor] = torch.ops.fusewise.all_reduce_rms_norm(
+            x, residual, weight, eps, weight_bias, self._name_in_graph()
+        )
+        return both
 
     def _quantised(
         self,
@@ -213,32 +240,13 @@ class Communicator:
             return Fp8Result(quantised, scales, total, norm if fp8.keep_norm else None)
         check_static_scale(fp8, static_scale, self._device)
         kind = residual is None, weight_bias != 0.0
-        rows, residual, weight = self._usable(x, residual, weight, eps)
+        rows, residual, weight = operands(x, residual, weight, eps, self._device)
         if self.group.world_size == 1 or rows.numel() == 0:
-            alone = _alone(rows, residual, weight, eps, weight_bias)
-            result = fp8.result_of(*alone, static_scale)
+            result = fp8.result_of(*alone(rows, residual, weight, eps, weight_bias), static_scale)
         else:
             call = self._runs.of("all_reduce_rms_norm", x, rows, *kind, True).call
             result = call(rows, residual, weight, eps, fp8, weight_bias, static_scale)
         return result if x.ndim == ROWS else result.in_shape(x.shape)
-
-    def _usable(
-        self, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float
-    ) -> tuple[Tensor, Tensor | None, Tensor]:
-        """The operands as kernels take them; copies where they must be, an error where none can."""
-        rows = rows_of(x, "x", self._device)
-        check_eps(eps)
-        if residual is not None:
-            if not isinstance(residual, torch.Tensor):
-                raise no_tensor("residual", residual)
-            if residual.shape != x.shape or residual.dtype != x.dtype:
-                raise mismatch("residual", residual, x.shape, x.dtype)
-            residual = rows_of(residual, "residual", self._device)
-        if not isinstance(weight, torch.Tensor):
-            raise no_tensor("weight", weight)
-        if weight.ndim != 1 or weight.numel() != rows.shape[1] or weight.dtype != x.dtype:
-            raise mismatch("weight", weight, rows.shape[1:], x.dtype)
-        return rows, residual, usable(weight, "weight", self._device)
 
     def decide(self, op: Op, shape: Shape) -> Band:
         """The band that answers for a shape, as the plan has it (``explain`` prints the same)."""
@@ -290,11 +298,3 @@ class Communicator:
         else:
             self._forget()
             self._paths.retire()
-
-
-def _alone(
-    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, weight_bias: float
-) -> tuple[Tensor, Tensor]:
-    """What a group of one computes, and any group of an empty message: new tensors."""
-    norm, total = residual_rms_norm(x, residual, weight, eps, weight_bias)
-    return norm, total.clone() if residual is None else total

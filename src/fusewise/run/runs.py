@@ -1,6 +1,7 @@
 """What runs calls of a shape and kind, found once and kept: the dictionary of every eager call.
 
-Knows shapes, backends and how the last tensors looked; what a call computes is the backend's.
+Knows shapes, backends and how the last tensors looked; what a call computes is the backend's,
+except where there is nobody to reduce with.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fusewise.backends.base import shape_of
+from fusewise.backends.norm import residual_rms_norm
 from fusewise.run.border import like_these, on_aligned, ready, unknown
 
 if TYPE_CHECKING:
@@ -21,6 +23,9 @@ if TYPE_CHECKING:
     from fusewise.run.paths import Paths
 
 _MAX_RUNS = 16_384  # one per shape and kind of call; near 2 KB each
+# Kinds of call that have a latest run: 0 to 3 are the fused operation, plus 2 without a residual,
+# plus 1 with a weight bias.
+SUM = 4
 
 
 class Run:
@@ -52,8 +57,14 @@ class Run:
         return True
 
 
+_NONE = Run(unknown, torch.device("cpu"))  # has seen nothing
+
+
 class Runs(dict[tuple[Any, ...], Run]):
     """Runs by shape, dtype and kind of call. A death empties it, so that the next call asks.
+
+    A model's layers call alike, so most calls need no more than a look at the ``latest`` of their
+    kind: whether its ``seen`` knows the tensors.
 
     Args:
         paths: what chooses a backend.
@@ -63,6 +74,7 @@ class Runs(dict[tuple[Any, ...], Run]):
     def __init__(self, paths: Paths, here: torch.device) -> None:
         super().__init__()
         self._paths, self._here, self._dead = paths, here, False
+        self.latest = [_NONE] * (SUM + 1)
         paths.on_death(self.die)
 
     def of(self, op: Op, x: Tensor, rows: Tensor, *kind: bool) -> Run:
@@ -94,7 +106,26 @@ class Runs(dict[tuple[Any, ...], Run]):
                 self.clear()
         return found
 
+    def remember(self, kind: int, run: Run) -> None:
+        """Makes it the latest of its kind."""
+        self.latest[kind] = run
+        if self._dead:
+            self.clear()
+
+    def clear(self) -> None:
+        """Forgets all of them."""
+        super().clear()
+        self.latest[:] = [_NONE] * len(self.latest)
+
     def die(self, error: RankTimeoutError) -> None:
         """From the watchdog's thread: no call finds its run any more."""
         self._dead = True
         self.clear()
+
+
+def alone(
+    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, weight_bias: float
+) -> tuple[Tensor, Tensor]:
+    """What a group of one computes, and any group of an empty message: new tensors."""
+    norm, total = residual_rms_norm(x, residual, weight, eps, weight_bias)
+    return norm, total.clone() if residual is None else total

@@ -53,7 +53,8 @@ class Call:
     any number of dimensions; copies those that a 16-byte access would miss.
     """
 
-    __slots__ = ("_bounds_ns", "_captured", "_lane", "_launch", "_output", "_parameters")
+    __slots__ = ("_bounds_ns", "_captured", "_eps", "_lane", "_launch", "_output", "_parameters",
+                 "_weight_bias")  # fmt: skip
 
     def __init__(self, launch: PreparedLaunch, lane: Lane) -> None:
         self._launch, self._lane = launch, lane
@@ -61,6 +62,7 @@ class Call:
         self._output = launch.output
         eager_ns = self._parameters.group.timeout_ns
         self._bounds_ns = eager_ns, min(eager_ns, int(1e9 * lane.pulse.replay_timeout_s))
+        self._eps = self._weight_bias = 0.0  # as the parameters hold them
         self._captured = False  # whether the parameters hold the second of them
 
     def sum(self, x: Tensor) -> Tensor:
@@ -100,7 +102,9 @@ class Call:
         parameters = self._parameters
         parameters.x, parameters.residual, parameters.weight = x_at, residual_at, weight_at
         parameters.residual_out = total.data_ptr()
-        parameters.eps, parameters.weight_bias = eps, weight_bias
+        if eps != self._eps or weight_bias != self._weight_bias:
+            parameters.eps, parameters.weight_bias = eps, weight_bias
+            self._eps, self._weight_bias = eps, weight_bias
         self._output.out = 0 if norm is None else norm.data_ptr()
         self._enqueue()
         return None

@@ -119,13 +119,16 @@ FW_DEVICE unsigned await_word(const GroupParams& group, const char* slot, int ro
 }
 
 // Waits for the partial sums that this block has not made, a thread each; afterwards all are in shared
-// memory, where every thread adds those of its row: every rank the same words in the same order.
+// memory, where every thread adds those of its row: every rank the same words in the same order. By the
+// warps that reduced: a peer owes no word before it has all ranks' columns, and whoever waits in vain
+// should name the rank that is missing, not one that waits for it too.
 template <class Config>
 FW_DEVICE void await_squares(const Tile<Config>& tile, TwoShotShared& shared) {
   constexpr int kWorld = Config::kWorld;
   const TwoShotParams& p = tile.p;
   const int shard_units = Config::shard_units(p);
-  for (int i = thread_index(); i < tile.units() * kWorld; i += thread_count()) {
+  const int thread = reducing_warp() * kWarp + thread_index() % kWarp;
+  for (int i = thread; i < tile.units() * kWorld; i += thread_count()) {
     const int unit = i / kWorld;
     const int source = i % kWorld;
     if (source == p.group.rank && tile.owns(unit)) continue;
