@@ -2,8 +2,8 @@
 
     torchrun --nproc-per-node 2 benchmarks/native_kernels.py --out native_kernels.json
 
-Fused calls, plain all-reduces, FP8 outputs, launch variants, the links' own store bandwidth and the
-Python of an eager call. Prints the targets last. Needs GPUs; FlashInfer where it is installed.
+Fused calls, plain all-reduces, FP8 outputs, the links' own store bandwidth and the Python of an
+eager call. Prints the targets last. Needs GPUs; FlashInfer where it is installed.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import json
 import os
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +21,7 @@ import torch.distributed as dist
 from native_summary import summary
 
 import fusewise
-from fusewise.backends.native.cuda import prepare
 from fusewise.backends.native.fp8 import Fp8
-from fusewise.backends.native.instance import WARP, bound, round_up
 from fusewise.backends.native.strategies import OneShot
 from fusewise.backends.registry import ids_for
 from fusewise.backends.steps import build_backend
@@ -51,29 +48,6 @@ extern "C" __global__ void store(uint4* to, long long count) {
     to[i] = make_uint4(1, 2, 3, 4);
 }
 """
-
-
-def variant(name: str, **changes: Any) -> type[OneShot]:
-    """One-shot with another instance: a candidate beside the shipped choice."""
-
-    def kernel(*arguments: Any) -> Any:
-        launch, params = prepare.one_shot(*arguments)
-        instance = replace(launch.instance, **changes)
-        lanes = instance.vectors * instance.blocks
-        threads = round_up(-(-params.row_vectors // lanes), WARP)
-        return replace(launch, instance=bound(instance, threads), threads=threads), params
-
-    members = {"id": f"native.one_shot.{name}", "kernel": staticmethod(kernel)}
-    return type(f"OneShot_{name}", (OneShot,), members)
-
-
-VARIANTS = (
-    variant("early_trigger", early_trigger=True),
-    variant("one_vector", vectors=1),
-    variant("two_vectors", vectors=2),
-    variant("cluster_of_2", vectors=1, blocks=2),
-    variant("cluster_of_4", vectors=1, blocks=4),
-)
 
 
 class Fp8Runner(Runner):
@@ -109,7 +83,6 @@ def main() -> None:
             excluded[backend_id] = reason
         else:
             backends.append(backend)
-    variants = [kind(group, max_shape) for kind in VARIANTS] if arguments.variants else []
     arena, rows = Arena(group, max_shape), []
     record: dict[str, Any] = {
         "command": " ".join(["python", *sys.argv]),
@@ -122,7 +95,7 @@ def main() -> None:
     for hidden_size in arguments.hidden_sizes:
         for shape in size_grid(arguments.min_bytes, arguments.max_bytes, hidden_size, "bfloat16"):
             for op in OPS:
-                rows += measure(group, [*backends, *variants], op, shape, arena, arguments.rounds)
+                rows += measure(group, backends, op, shape, arena, arguments.rounds)
             if rank == 0:
                 print(shape, {r["path"]: r["time_us"] for r in rows if r["shape"] == str(shape)})
         write(record, arguments.out, rank)  # a run cut short keeps the hidden sizes it finished
@@ -130,7 +103,7 @@ def main() -> None:
     write(record, arguments.out, rank)
     if rank == 0:
         print("\n".join(summary(rows, record["bandwidth_gbps"], record["python_us"])))
-    for backend in (*backends, *variants):
+    for backend in backends:
         backend.close()  # a pool that NCCL allocated from must go before NCCL does
     group.barrier("end")
     dist.destroy_process_group()
@@ -235,7 +208,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--min-bytes", type=int, default=4096)
     parser.add_argument("--max-bytes", type=int, default=64 * 2**20)
     parser.add_argument("--rounds", type=int, default=21)
-    parser.add_argument("--variants", action="store_true", help="also time launch variants")
     return parser.parse_args()
 
 

@@ -22,7 +22,8 @@ pytest.importorskip("cuda.core", reason='needs pip install "fusewise[cuda]"')
 
 
 class Driver:
-    """Records launches; answers as a device of 132 multiprocessors with four blocks on each."""
+    """Records launches; answers as a device of 132 multiprocessors with four blocks, or one cluster
+    of any size, on each."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, sm: int = 90) -> None:
         from cuda.bindings import driver
@@ -44,6 +45,7 @@ class Driver:
         monkeypatch.setattr(
             driver, "cuOccupancyMaxActiveBlocksPerMultiprocessor", lambda *a: (self.answer, 4)
         )
+        monkeypatch.setattr(driver, "cuOccupancyMaxActiveClusters", lambda *a: (self.answer, 132))
         monkeypatch.setattr(launch, "driver_launch", lambda: self.launch)
 
     def load(self, instance: Any) -> Any:

@@ -86,7 +86,9 @@ def test_a_plain_sum_writes_to_its_result(monkeypatch: pytest.MonkeyPatch) -> No
     assert driver.loads[-1].output == "kSum"
 
 
-@pytest.mark.parametrize(("num_tokens", "grid"), [(1, 1), (528, 528), (529, 528)])
+@pytest.mark.parametrize(
+    ("num_tokens", "grid"), [(1, 2), (132, 264), (133, 264), (528, 528), (529, 528)]
+)
 def test_no_more_blocks_than_fit_at_once(
     monkeypatch: pytest.MonkeyPatch, num_tokens: int, grid: int
 ) -> None:
