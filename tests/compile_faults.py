@@ -16,7 +16,7 @@ import torch.distributed._functional_collectives as fc
 import fusewise
 from fusewise.errors import InputError
 from fusewise.graph.interpreted import interpreted_backend
-from tests.compiled import boundary_profile
+from tests.compiled import boundary_profile, share_kernels
 
 H, TOKENS = 64, 8
 HOOK = "post_grad_custom_pre_pass"
@@ -233,6 +233,7 @@ def _traced(rank: int, communicator: Any) -> dict[str, float]:
 
 def everything(rank: int, cache: str) -> dict[str, Any]:
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(Path(cache) / str(rank))
+    share_kernels(cache)
     log = Log()
     logging.getLogger("fusewise").addHandler(log)
     logging.getLogger("fusewise").setLevel(logging.INFO)

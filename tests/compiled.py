@@ -1,6 +1,8 @@
-"""For tests of the graph pass: profiles with a known boundary, and operator counts."""
+"""For tests of the graph pass: profiles with a known boundary, operator counts, kernels shared."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 
@@ -56,3 +58,19 @@ def count(graph: torch.fx.Graph, operator: str) -> int:
     """How often an operator such as ``"fusewise::all_reduce"`` is called in a graph."""
     targets = (n.target for n in graph.nodes if isinstance(n.target, torch._ops.OpOverload))
     return sum(target.name().split(".")[0] == operator for target in targets)
+
+
+def share_kernels(folder: str) -> None:
+    """Ranks that call it compile each C++ kernel once between them, a second of a core each.
+
+    What Inductor keeps of graphs stays where each rank has it: kernels are found by their source.
+    """
+    from torch._inductor import codecache
+
+    own_path: Any = codecache.get_path
+
+    def get_path(basename: str, extension: str, specified_dir: str = "") -> Any:
+        shared = folder if extension.endswith("cpp") else ""
+        return own_path(basename, extension, specified_dir or shared)
+
+    codecache.get_path, codecache.get_lock_dir = get_path, lambda: folder

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives as fc
 
-from tests.compiled import boundary_profile
+from tests.compiled import boundary_profile, share_kernels
 from tests.ranks import run_ranks
 
 pytestmark = pytest.mark.timeout(300)  # ranks compile; other suites may share the cores
@@ -37,6 +37,7 @@ def _three_compiles(rank: int, cache: str) -> list[dict[str, Any]]:
     from fusewise.run.registry import communicator_for
 
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(Path(cache) / str(rank))
+    share_kernels(cache)
     results = []
     for last_fused in (ALWAYS, NEVER):
         with Communicator(profile=boundary_profile(last_fused, H)) as communicator:
