@@ -26,6 +26,8 @@ $(STAMP): pyproject.toml constraints/cpu.txt
 tune: $(STAMP) ## measure this machine, write its profile, print table and decision
 	@$(BIN)/fusewise tune
 
+# Hundreds of processes start; without bytecode on disk each would compile what it imports anew.
+test: export PYTHONDONTWRITEBYTECODE :=
 test: $(STAMP) ## every test this machine can run
 	@$(BIN)/python -m tests.vllm_sources
 	@$(BIN)/python -m tests.sglang_sources
