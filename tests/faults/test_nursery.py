@@ -36,7 +36,8 @@ def start(nursery: Nursery, order: dict[str, Any]) -> int:
 def test_a_rank_has_its_own_process_group_and_its_end_is_told_once_asked(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    with Nursery() as nursery:  # here, so that what is captured is what it writes to
+    # Here, so that what is captured is what it writes to; a module that is not there ends nothing.
+    with Nursery("no_such_module") as nursery:
         pid = start(nursery, BROKEN)
         assert os.getpgid(pid) == pid != nursery._process.pid
         assert nursery.wait(pid, 20) == 1

@@ -49,6 +49,8 @@ from fusewise.shape import parse_dtype, parse_size
 from fusewise.tune.settings import Settings
 
 _TUNE_S = {"cpu": 10.0, "cuda": 60.0}
+# Seconds of a core to import, once for all ranks instead of once for each.
+_COMPILES = ("torch._inductor.compile_fx", "transformers.modeling_utils")
 
 
 ModelOption = Annotated[
@@ -240,7 +242,9 @@ def _run(team: Team, settings: DecodeSettings, arms: list[Arm]) -> dict[str, Any
         "plans": {arm.name: arm.plan.to_dict() for arm in arms},
     }
     job = "fusewise.decode.rank:decode_rank"
-    with terminated_like_interrupted(), progress("decode") as listen, Nursery() as nursery:
+    # Not on GPUs: what compiles may ask CUDA while it loads, which no fork survives.
+    modules = _COMPILES if team.device == "cpu" else ()
+    with terminated_like_interrupted(), progress("decode") as listen, Nursery(*modules) as nursery:
 
         def told(rank: int, event: dict[str, Any]) -> None:
             if rank == 0 and event["kind"] == "progress":

@@ -2,14 +2,17 @@
 
 Importing torch takes seconds of a core. With this it is done once for all ranks of this host and
 all attempts of a command, instead of once per rank and attempt. The process imports torch and
-nothing else: it runs no operator, touches no GPU and has no threads, so that what it forks is as
-clean as a new interpreter. It ends with the one that started it, and its children with it.
+what its starter names, and nothing else: it runs no operator, touches no GPU and has no threads,
+so that what it forks is as clean as a new interpreter. It ends with the one that started it, and
+its children with it.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
+import gc
+import importlib
 import json
 import os
 import signal
@@ -37,14 +40,17 @@ class Nursery:
     """The process, as a supervisor sees it; started at once, ready when it first answers.
 
     Use it as a context manager: leaving it ends the process and whatever it forked.
+
+    Args:
+        modules: imported there besides torch, where they can be. None of them may touch a GPU.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *modules: str) -> None:
         self._asked = 0
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "fusewise.ranks.nursery", str(theirs.fileno())],
+                [sys.executable, "-m", "fusewise.ranks.nursery", str(theirs.fileno()), *modules],
                 stdin=subprocess.DEVNULL,
                 stdout=2,  # stdout is for data; a provider's chatter is not
                 pass_fds=(theirs.fileno(),),
@@ -132,7 +138,7 @@ def _bind_to_parent(parent: int) -> None:
         os._exit(1)
 
 
-def main(handle: int) -> None:
+def main(handle: int, modules: list[str]) -> None:
     """Serves one supervisor until it closes its end: forks a process, or waits for one."""
     with socket.socket(fileno=handle) as supervisor:
         try:
@@ -142,6 +148,10 @@ def main(handle: int) -> None:
             supervisor.recv(_MESSAGE_BYTES)
             supervisor.send(json.dumps({"torch": str(error)}).encode())
             return
+        for name in modules:
+            with suppress(ImportError, OSError):  # a rank that needs it will say so
+                importlib.import_module(name)
+        gc.freeze()  # no rank's collector walks what is here by now
         while True:
             message, fds, _, _ = socket.recv_fds(supervisor, _MESSAGE_BYTES, 2)
             if not message:
@@ -225,4 +235,4 @@ def _code_of(pid: int, timeout_s: float) -> int | None:
 
 if __name__ == "__main__":
     _bind_to_parent(os.getppid())
-    main(int(sys.argv[1]))
+    main(int(sys.argv[1]), sys.argv[2:])
