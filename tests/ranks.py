@@ -5,8 +5,11 @@ On GPUs: one per rank where there are as many, else the ranks share what there i
 
 from __future__ import annotations
 
+import importlib
 import multiprocessing
 import os
+import runpy
+import sys
 import tempfile
 import time
 import traceback
@@ -112,3 +115,45 @@ def _collect(pipes: Any, processes: Any, deadline: float) -> list[Any]:
     for process in processes:
         process.join(timeout=10)
     return results
+
+
+def run_script(
+    script: Path, *words: str, stdin: str, environ: dict[str, str], timeout_s: float = 110.0
+) -> str:
+    """What a script prints: run as one, but forked from the server, so that torch is there.
+
+    ``environ`` is all of its environment; ``PYTHONPATH`` there goes first, as always. A script that
+    fails, or does not end in time, becomes an AssertionError with the end of its stderr.
+    """
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "0").write_text(stdin)
+        process = _CONTEXT.Process(target=_script_main, args=(script, words, environ, folder))
+        process.start()
+        process.join(timeout_s)
+        process.kill()
+        process.join()
+        said = (folder / "2").read_text()[-3000:] if (folder / "2").exists() else ""
+        assert process.exitcode == 0, f"{script.name} ended with {process.exitcode}: {said}"
+        return (folder / "1").read_text()
+
+
+def _script_main(
+    script: Path, words: tuple[str, ...], environ: dict[str, str], folder: Path
+) -> None:
+    import torch
+
+    os.environ.clear()
+    os.environ.update(environ)
+    for number, flags in enumerate(
+        (os.O_RDONLY, os.O_WRONLY | os.O_CREAT, os.O_WRONLY | os.O_CREAT)
+    ):
+        opened = os.open(folder / str(number), flags, 0o600)
+        os.dup2(opened, number)
+        os.close(opened)
+    sys.stdin = open(0, closefd=False)  # noqa: SIM115  multiprocessing gave it /dev/null
+    torch.set_num_threads(1)
+    sys.path[:0] = [str(script.parent), *environ["PYTHONPATH"].split(os.pathsep)]
+    importlib.invalidate_caches()
+    sys.argv = [str(script), *words]
+    runpy.run_path(str(script), run_name="__main__")

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from tests.ranks import run_script
 from tests.sglang_scenarios import HOME, ROOT, SCENARIOS, entry_points, home_with_a_profile
 from tests.sglang_sources import RUN_AGAINST, WHEELS
 
@@ -38,16 +39,11 @@ def outcome(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
         "SGLANG_PLUGINS": "fusewise", "FUSEWISE_HOME": empty, "FUSEWISE_SITE_DIR": empty,
         "OMP_NUM_THREADS": "1",
     }  # fmt: skip
-    command = [sys.executable, str(ROOT / "tests" / "sglang_simulation.py")]
-    store = str(folder / "store")
+    script, store = ROOT / "tests" / "sglang_simulation.py", str(folder / "store")
 
     def rank(number: int) -> list[dict[str, Any]]:
-        done = subprocess.run(
-            [*command, str(number), "2", store], input=asked, env=environ, capture_output=True,
-            text=True, timeout=110, check=False,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr[-3000:]
-        told: list[dict[str, Any]] = json.loads(done.stdout.splitlines()[-1])
+        printed = run_script(script, str(number), "2", store, stdin=asked, environ=environ)
+        told: list[dict[str, Any]] = json.loads(printed.splitlines()[-1])
         return told
 
     with ThreadPoolExecutor() as pool:

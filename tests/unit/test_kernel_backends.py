@@ -78,6 +78,17 @@ def test_a_call_without_residual_sends_none_after_one_with(monkeypatch: pytest.M
     assert len(backend._calls) == 1
 
 
+def test_a_call_with_nonsense_leaves_nothing_for_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    backend, driver = built(monkeypatch)
+    call = (rows(), None, rows(1).view(-1))
+    backend.all_reduce_rms_norm(*call, 1e-6, 1.0)
+    with pytest.raises(TypeError):
+        backend.all_reduce_rms_norm(*call, 1e-2, "1.0")
+    backend.all_reduce_rms_norm(*call, 1e-6, 1.0)
+    sent = driver.launches[-1]
+    assert (sent.eps, sent.weight_bias) == (pytest.approx(1e-6), 1.0)
+
+
 def test_a_plain_sum_writes_to_its_result(monkeypatch: pytest.MonkeyPatch) -> None:
     backend, driver = built(monkeypatch)
     x = rows()

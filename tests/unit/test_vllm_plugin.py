@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from tests.ranks import run_script
 from tests.vllm_scenarios import MIB, SCENARIOS, homes_in
 
 TESTS = Path(__file__).resolve().parents[1]
@@ -40,13 +41,10 @@ def outcome(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
         entry["environ"] = fixed | entry.get("environ", {})
         asked.append(entry)
     path = os.pathsep.join([str(SOURCES / version), str(TESTS.parent / "src")])
-    done = subprocess.run(
-        [sys.executable, str(TESTS / "vllm_simulation.py")],
-        input=json.dumps(asked), capture_output=True, text=True, timeout=110, check=False,
-        env={**os.environ, "PYTHONPATH": path, "VLLM_PLUGINS": "fusewise"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    results = json.loads(done.stdout.splitlines()[-1])
+    environ = {**os.environ, "PYTHONPATH": path, "VLLM_PLUGINS": "fusewise"}
+    script = TESTS / "vllm_simulation.py"
+    printed = run_script(script, stdin=json.dumps(asked), environ=environ)
+    results = json.loads(printed.splitlines()[-1])
     return {"version": version, **dict(zip(SCENARIOS, results, strict=True))}
 
 

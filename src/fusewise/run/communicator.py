@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, overload
 
 import torch
-from torch.compiler import is_compiling, is_dynamo_compiling
+from torch.compiler import is_compiling
 
 from fusewise.backends.native.fp8 import Fp8, Fp8Result, check_static_scale
 from fusewise.backends.registry import select
@@ -106,14 +106,13 @@ class Communicator:
         Raises:
             InputError: another dtype or device, or a tensor that needs a gradient.
         """
-        if is_dynamo_compiling():
-            return self._sum_in_graph(x)
+        if is_compiling():
+            reduced: Tensor = torch.ops.fusewise.all_reduce(x, self._name_in_graph())
+            return reduced
         latest = self._runs.latest[SUM]
         if latest.seen(x):
             summed: Tensor = latest.call(x)
             return summed
-        if is_compiling():
-            return self._sum_in_graph(x)
         try:
             shape = x.shape
         except AttributeError:
@@ -127,10 +126,6 @@ class Communicator:
             return x.clone(memory_format=torch.contiguous_format)
         summed = self._runs.of("all_reduce", x, rows).call(rows)
         return summed if x.ndim == ROWS else summed.view(shape)
-
-    def _sum_in_graph(self, x: Tensor) -> Tensor:
-        reduced: Tensor = torch.ops.fusewise.all_reduce(x, self._name_in_graph())
-        return reduced
 
     @overload
     def all_reduce_rms_norm(
@@ -176,8 +171,11 @@ class Communicator:
             return self._quantised(x, residual, weight, eps, weight_bias, fp8, static_scale)
         if static_scale is not None:
             raise InputError("a static_scale without fp8", expected="fp8=Fp8('static')")
-        if is_dynamo_compiling():
-            return self._norm_in_graph(x, residual, weight, eps, weight_bias)
+        if is_compiling():
+            both: tuple[Tensor, Tensor] = torch.ops.fusewise.all_reduce_rms_norm(
+                x, residual, weight, eps, weight_bias, self._name_in_graph()
+            )
+            return both
         bare, biased = residual is None, weight_bias != 0.0
         latest = self._runs.latest[2 * bare + biased]
         if latest.seen(x, weight) if bare else latest.seen(x, weight, residual):
@@ -188,9 +186,7 @@ class Communicator:
     def _found(
         self, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, weight_bias: float
     ) -> tuple[Tensor, Tensor]:
-        """``all_reduce_rms_norm`` of tensors unlike those of the last call: of fake ones too."""
-        if is_compiling():
-            return self._norm_in_graph(x, residual, weight, eps, weight_bias)
+        """``all_reduce_rms_norm`` of tensors unlike those of the last call."""
         try:
             shape = x.shape
         except AttributeError:
@@ -211,14 +207,6 @@ class Communicator:
             run = self._runs.of("all_reduce_rms_norm", x, rows, bare, biased)
             out, total = run.call(rows, residual, weight, eps, weight_bias)
         return (out, total) if x.ndim == ROWS else (out.view(shape), total.view(shape))
-
-    def _norm_in_graph(
-        self, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, weight_bias: float
-    ) -> tuple[Tensor, Tensor]:
-        both: tuple[Tensor, Tensor] = torch.ops.fusewise.all_reduce_rms_norm(
-            x, residual, weight, eps, weight_bias, self._name_in_graph()
-        )
-        return both
 
     def _quantised(
         self,

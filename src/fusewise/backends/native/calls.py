@@ -102,9 +102,12 @@ class Call:
         parameters = self._parameters
         parameters.x, parameters.residual, parameters.weight = x_at, residual_at, weight_at
         parameters.residual_out = total.data_ptr()
-        if eps != self._eps or weight_bias != self._weight_bias:
-            parameters.eps, parameters.weight_bias = eps, weight_bias
-            self._eps, self._weight_bias = eps, weight_bias
+        if eps != self._eps:
+            parameters.eps = eps  # raises where it is no number, and nothing is remembered
+            self._eps = eps
+        if weight_bias != self._weight_bias:
+            parameters.weight_bias = weight_bias
+            self._weight_bias = weight_bias
         self._output.out = 0 if norm is None else norm.data_ptr()
         self._enqueue()
         return None

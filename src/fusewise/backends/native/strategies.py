@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from fusewise.operation import Op
 
 # One-shot stages (world_size - 1) copies of a message twice; at 8 ranks 4 MiB are 56 MiB of slots.
-# Far above the sizes at which two-shot takes over (docs/kernels.md: near 480 KB and 140 KB).
+# Far above the sizes at which two-shot takes over (docs/kernels.md: near 260 KB and 75 KB).
 _ONE_SHOT_MAX_BYTES = {2: 2**62, 4: 16 * 2**20, 8: 4 * 2**20}
 
 
