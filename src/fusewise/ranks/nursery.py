@@ -2,9 +2,9 @@
 
 Importing torch takes seconds of a core. With this it is done once for all ranks of this host and
 all attempts of a command, instead of once per rank and attempt. The process imports torch and
-what its starter names, and nothing else: it runs no operator, touches no GPU and has no threads,
-so that what it forks is as clean as a new interpreter. It ends with the one that started it, and
-its children with it.
+what its starter names, and nothing else: it runs no operator, touches no GPU and starts no threads
+(OpenBLAS, which numpy brings, keeps one that looks after forks itself), so that what it forks is as
+clean as a new interpreter. It ends with the one that started it, and its children with it.
 """
 
 from __future__ import annotations
