@@ -53,8 +53,7 @@ class Call:
     any number of dimensions; copies those that a 16-byte access would miss.
     """
 
-    __slots__ = ("_bounds_ns", "_captured", "_eps", "_lane", "_launch", "_output", "_parameters",
-                 "_weight_bias")  # fmt: skip
+    __slots__ = ("_bounds_ns", "_captured", "_lane", "_launch", "_output", "_parameters")
 
     def __init__(self, launch: PreparedLaunch, lane: Lane) -> None:
         self._launch, self._lane = launch, lane
@@ -62,7 +61,6 @@ class Call:
         self._output = launch.output
         eager_ns = self._parameters.group.timeout_ns
         self._bounds_ns = eager_ns, min(eager_ns, int(1e9 * lane.pulse.replay_timeout_s))
-        self._eps = self._weight_bias = 0.0  # as the parameters hold them
         self._captured = False  # whether the parameters hold the second of them
 
     def sum(self, x: Tensor) -> Tensor:
@@ -102,12 +100,7 @@ class Call:
         parameters = self._parameters
         parameters.x, parameters.residual, parameters.weight = x_at, residual_at, weight_at
         parameters.residual_out = total.data_ptr()
-        if eps != self._eps:
-            parameters.eps = eps  # raises where it is no number, and nothing is remembered
-            self._eps = eps
-        if weight_bias != self._weight_bias:
-            parameters.weight_bias = weight_bias
-            self._weight_bias = weight_bias
+        parameters.eps, parameters.weight_bias = eps, weight_bias
         self._output.out = 0 if norm is None else norm.data_ptr()
         self._enqueue()
         return None
