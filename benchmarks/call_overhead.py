@@ -133,6 +133,7 @@ def stubbed() -> Any:
     success = (driver.CUresult.CUDA_SUCCESS,)
     for place, name, made in (
         (torch.cuda, "get_device_properties", lambda device: facts),
+        (torch._C, "_cuda_getDevice", lambda: None),
         (torch._C, "_cuda_getCurrentRawStream", lambda index: 0),
         (torch._C, "_cuda_isCurrentStreamCapturing", lambda: False),
         (workspace, "_symmetric_bytes", lambda n, device: torch.empty(n, dtype=torch.uint8)),

@@ -34,7 +34,8 @@ class Driver:
         self.loads: list[Any] = []
         facts = types.SimpleNamespace(major=sm // 10, minor=sm % 10, multi_processor_count=132)
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: facts)
-        self.capturing, self.stream = False, 0
+        self.capturing, self.stream, self.device = False, 0, None
+        monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: self.device, raising=False)
         monkeypatch.setattr(
             torch._C, "_cuda_getCurrentRawStream", lambda index: self.stream, raising=False
         )

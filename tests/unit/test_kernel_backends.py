@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -87,6 +89,53 @@ def test_a_call_with_nonsense_leaves_nothing_for_the_next(monkeypatch: pytest.Mo
     backend.all_reduce_rms_norm(*call, 1e-6, 1.0)
     sent = driver.launches[-1]
     assert (sent.eps, sent.weight_bias) == (pytest.approx(1e-6), 1.0)
+
+
+def test_a_call_from_another_current_device_runs_on_the_groups(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    backend, driver = built(monkeypatch)
+    entered: list[Any] = []
+
+    @contextlib.contextmanager
+    def device(index: Any) -> Iterator[None]:
+        entered.append(index)
+        before, driver.device = driver.device, index
+        yield
+        driver.device = before
+
+    monkeypatch.setattr(torch.cuda, "device", device)
+    driver.device = 3
+    x, weight = rows(), rows(1).view(-1)
+    sum_at = backend.all_reduce(x).data_ptr()
+    norm, total = backend.all_reduce_rms_norm(x, None, weight, 1e-6)
+    backend.all_reduce_rms_norm_into(norm, total, x, None, weight, 1e-6)
+    assert entered == [None] * 3  # the group's, which is the CPU
+    assert len(driver.launches) == 3
+    assert driver.launches[0].output.out == sum_at
+    assert {sent.residual_out for sent in driver.launches[1:]} == {total.data_ptr()}
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("known", [True, False])
+def test_results_are_as_empty_like_makes_them(
+    monkeypatch: pytest.MonkeyPatch, mode: Any, known: bool
+) -> None:
+    if not known:
+        monkeypatch.delattr(torch._C._dynamo.guards, "_empty_strided_cpu")
+    backend, _ = built(monkeypatch)
+    run = backend.prepared("all_reduce_rms_norm", Shape(6, 2048))
+    weight = rows(1).view(-1)
+    with mode():
+        for size in ((6, 2048), (2, 3, 2048), (1, 6, 2048)):
+            x = torch.zeros(size, dtype=torch.bfloat16)
+            like = torch.empty_like(x)
+            for made in run(x, None, weight, 1e-6, 0.0):
+                assert (made.shape, made.stride(), made.dtype, made.device) == (
+                    like.shape, like.stride(), like.dtype, like.device
+                )  # fmt: skip
+                assert made.is_inference() == like.is_inference()
+                assert not made.requires_grad
 
 
 def test_a_plain_sum_writes_to_its_result(monkeypatch: pytest.MonkeyPatch) -> None:

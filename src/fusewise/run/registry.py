@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
 _MARK = "#"  # between a group's name and the number that tells its communicators apart
 
-_by_name: weakref.WeakValueDictionary[str, Communicator] = weakref.WeakValueDictionary()
+# Not a WeakValueDictionary, which looks up in Python, at every call of an operator.
+_by_name: dict[str, weakref.ref[Communicator]] = {}
 _turns: dict[str, list[weakref.ref[Communicator]]] = {}  # by group, the active one last
 
 
@@ -28,10 +29,10 @@ def new_handle(communicator: Communicator) -> str:
     kept on disk still names its communicator.
     """
     number = 1
-    while f"{communicator.group.name}{_MARK}{number}" in _by_name:
+    while _alive(f"{communicator.group.name}{_MARK}{number}"):
         number += 1
     handle = f"{communicator.group.name}{_MARK}{number}"
-    _by_name[handle] = communicator
+    _by_name[handle] = weakref.ref(communicator)
     activate(communicator)
     return handle
 
@@ -40,14 +41,19 @@ def activate(communicator: Communicator) -> None:
     """Makes it the one that the group's name means."""
     name = communicator.group.name
     _turns[name] = [*_others(communicator), weakref.ref(communicator)]
-    _by_name[name] = communicator
+    _by_name[name] = weakref.ref(communicator)
 
 
 def retire(communicator: Communicator) -> None:
     """Forgets it; the group's name means the one before again."""
-    for name in [name for name, known in _by_name.items() if known is communicator]:
+    for name in [name for name, known in _by_name.items() if known() in (None, communicator)]:
         del _by_name[name]
     _turns[communicator.group.name] = _others(communicator)
+
+
+def _alive(name: str) -> bool:
+    known = _by_name.get(name)
+    return known is not None and known() is not None
 
 
 def _others(communicator: Communicator) -> list[weakref.ref[Communicator]]:
@@ -64,7 +70,8 @@ def communicator_for(name: str) -> Communicator:
     Raises:
         UnavailableError: none is open for that group.
     """
-    found = _by_name.get(name)
+    known = _by_name.get(name)
+    found = None if known is None else known()
     if found is not None:
         return found
     for turn in reversed(_turns.get(name.rpartition(_MARK)[0] or name, [])):
@@ -73,6 +80,6 @@ def communicator_for(name: str) -> Communicator:
             return latest
     raise UnavailableError(
         f"no communicator for process group {name!r}",
-        got=f"communicators for {sorted(_by_name)}",
+        got=f"communicators for {sorted(filter(_alive, _by_name))}",
         hint="Create fusewise.Communicator(group) before running the compiled model.",
     )
