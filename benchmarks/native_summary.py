@@ -18,7 +18,7 @@ from typing import Any
 KIB, MIB = 2**10, 2**20
 FLASHINFER = "flashinfer.one_shot"
 # (from, up to, the most that our time may be of FlashInfer's fused one-shot, geometric mean)
-TARGETS = ((4 * KIB, 64 * KIB, 0.55), (128 * KIB, MIB, 0.69), (8 * MIB, 64 * MIB, 0.54))
+TARGETS = ((4 * KIB, 64 * KIB, 0.55), (128 * KIB, MIB, 0.65), (8 * MIB, 64 * MIB, 0.54))
 MOST_OF_BEST_PEER = 1.02
 MOST_OF_LINKS = 1.08
 MOST_FOR_FP8 = 1.05

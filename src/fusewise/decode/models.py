@@ -130,6 +130,11 @@ def build_model(
             None, config=config, state_dict={}, dtype=dtype, **split
         )
     _draw_norm_weights(model, seed)
+    for module in model.modules():
+        # transformers sums gradients of what it does not split, in hooks that torch 2.11 cannot
+        # compile; nobody asks for a gradient here.
+        module._backward_hooks.clear()
+        module._backward_pre_hooks.clear()
     return model.eval()
 
 
