@@ -1,14 +1,26 @@
-"""What tests must not share with whoever uses this machine: its measuring lock, its profiles."""
+"""What tests must not share with whoever uses this machine: its measuring lock, its profiles.
+
+And what each process that runs tests does once for all of them.
+"""
 
 from __future__ import annotations
 
 import functools
+import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import typer.testing
+
+gc.disable()  # while tests are collected: modules are not garbage, and collecting is not free
+
+
+def pytest_collection_finish() -> None:
+    """What every test shares is never garbage: without it each full collection walks all of it."""
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(autouse=True, scope="session")

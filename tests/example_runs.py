@@ -26,25 +26,22 @@ def example() -> str:
     return str(source)
 
 
-# One process that is torchrun starts new ranks each time: one import of torch less per run.
-_TORCHRUN = "import sys, torch.distributed.run as t; [t.main(sys.argv[2:]) for _ in sys.argv[1]]"
-
-
-def run_example(folder: Path, times: int = 1) -> subprocess.CompletedProcess[str]:
-    """Two CPU ranks under torchrun, so often; ``folder`` is also where profiles are looked for.
-
-    The first run that does not end with 0 is the last.
-    """
+def torchrun_words(folder: Path) -> tuple[str, ...]:
+    """What torchrun is told; the example is written into ``folder``."""
     script = folder / "example.py"
     script.write_text(example())
-    how = ("--standalone", "--nproc-per-node", "2", script)
-    return _python(folder, "-c", _TORCHRUN, "x" * times, *how)
+    return "--standalone", "--nproc-per-node", "2", str(script)
 
 
-def _python(folder: Path, *words: object) -> subprocess.CompletedProcess[str]:
+def environment(folder: Path) -> dict[str, str]:
+    """``folder`` is where profiles are looked for."""
+    return os.environ | {"FUSEWISE_HOME": str(folder), "OMP_NUM_THREADS": "1"}
+
+
+def _python(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, *map(str, words)],
-        env=os.environ | {"FUSEWISE_HOME": str(folder), "OMP_NUM_THREADS": "1"},
+        [sys.executable, *words],
+        env=environment(folder),
         capture_output=True, text=True, timeout=TIMEOUT_S, check=False,
     )  # fmt: skip
 
@@ -57,7 +54,8 @@ def main(runs: int) -> int:
             folder = Path(name)
             if profile:
                 _python(folder, "-m", "fusewise", *_TUNE).check_returncode()
-            codes = collections.Counter(run_example(folder).returncode for _ in range(runs))
+            words = ("-m", "torch.distributed.run", *torchrun_words(folder))
+            codes = collections.Counter(_python(folder, *words).returncode for _ in range(runs))
         print(f"{'with' if profile else 'without'} a profile: {codes[0]} of {runs} ended with 0",
               dict(codes), flush=True)  # fmt: skip
         failed += runs - codes[0]

@@ -138,6 +138,14 @@ def run_script(
         return (folder / "1").read_text()
 
 
+def run_torchrun(*words: str, environ: dict[str, str]) -> str:
+    """What ``torchrun`` and its ranks print; they are new interpreters, as always."""
+    import torch.distributed
+
+    script = Path(torch.distributed.__file__).with_name("run.py")
+    return run_script(script, *words, stdin="", environ=environ)
+
+
 def _script_main(
     script: Path, words: tuple[str, ...], environ: dict[str, str], folder: Path
 ) -> None:
@@ -153,7 +161,8 @@ def _script_main(
         os.close(opened)
     sys.stdin = open(0, closefd=False)  # noqa: SIM115  multiprocessing gave it /dev/null
     torch.set_num_threads(1)
-    sys.path[:0] = [str(script.parent), *environ["PYTHONPATH"].split(os.pathsep)]
+    path = environ.get("PYTHONPATH", "").split(os.pathsep)
+    sys.path[:0] = [str(script.parent), *filter(None, path)]
     importlib.invalidate_caches()
     sys.argv = [str(script), *words]
     runpy.run_path(str(script), run_name="__main__")

@@ -1,4 +1,7 @@
-"""transformers' families on two CPU ranks: every site taken that can be, and the same logits."""
+"""transformers' families on two CPU ranks: every site taken that can be, and the same logits.
+
+Dynamo's half of a compilation, which is the same on both ranks, one of them does.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from fusewise.graph.api import fusion_pass
 from fusewise.graph.interpreted import interpreted_backend
 from fusewise.run.communicator import Communicator
+from tests import shared_traces
 from tests.compiled import boundary_profile, count
 from tests.families import FAMILIES, FUSE, HIDDEN, JOIN, build
 from tests.ranks import run_ranks
@@ -29,18 +34,31 @@ def _families(rank: int) -> dict[str, Any]:
     tokens = torch.randint(0, 256, (1, TOKENS), generator=torch.Generator().manual_seed(1))
     profile = boundary_profile(2 * TOKENS, HIDDEN, "bfloat16")
     with torch.no_grad(), Communicator(profile=profile) as communicator:
-        return {name: _one(name, tokens, communicator) for name in FAMILIES}
+        models = {name: build(name, 2) for name in FAMILIES}
+        graphs = _graphs(rank, models, tokens)
+        return {n: _one(model, tokens, graphs[n], communicator) for n, model in models.items()}
 
 
-def _one(name: str, tokens: Any, communicator: Any) -> dict[str, Any]:
-    torch._dynamo.reset()
-    model = build(name, 2)
+def _logits(model: Any, tokens: Any) -> Any:
+    return model(tokens, use_cache=False).logits
+
+
+def _graphs(rank: int, models: dict[str, Any], tokens: Any) -> dict[str, bytes]:
+    """Every model's, half of them traced here and half on the other rank."""
+    mine = {
+        n: shared_traces.captured(_logits, model=models[n], tokens=tokens)
+        for n in list(models)[rank::2]
+    }
+    each: list[Any] = [None, None]
+    dist.all_gather_object(each, mine)
+    return {**each[0], **each[1]}
+
+
+def _one(model: Any, tokens: Any, graph: bytes, communicator: Any) -> dict[str, Any]:
     fusion, graphs = fusion_pass(communicator=communicator), []
-    unguarded = {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe}  # it is called once
     backend = interpreted_backend(fusion, graphs.append)
-    compiled = torch.compile(model, backend=backend, options=unguarded)
-    got = compiled(tokens, use_cache=False).logits
-    expected = model(tokens, use_cache=False).logits
+    got = shared_traces.run(graph, backend, model=model, tokens=tokens)
+    expected = _logits(model, tokens)
     return {
         "sites": [site.choice if site.rewritten else site.why for site in fusion.sites],
         "fused": sum(count(graph, "fusewise::all_reduce_rms_norm") for graph in graphs),

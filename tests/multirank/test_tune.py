@@ -8,6 +8,7 @@ import re
 import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import pytest
 from fusewise.profiles import store
 from fusewise.profiles.plan import derive
 from fusewise.profiles.schema import Profile
+from tests.ranks import run_torchrun
 
 SMALL = (
     "tune", "--hidden", "64,128", "--min-bytes", "1K", "--max-bytes", "16K", "--budget", "4s",
@@ -85,12 +87,12 @@ def test_tune_and_bench_by_our_own_spawner(tmp_path: Path) -> None:
     assert all(row["busbw_gb_per_s"] == pytest.approx(row["algbw_gb_per_s"]) for row in rows)
 
 
-def torchrun(*arguments: str) -> list[str]:
-    return [sys.executable, "-m", "torch.distributed.run", *arguments, "-m", "fusewise", *SMALL]
+def torchrun(home: Path, *arguments: str) -> str:
+    return run_torchrun(*arguments, "-m", "fusewise", *SMALL, environ=environment(home))
 
 
 def test_torchrun_does_the_same(tmp_path: Path) -> None:
-    out, _ = run(torchrun("--nproc-per-node", "2"), tmp_path)
+    out = torchrun(tmp_path, "--nproc-per-node", "2")
     assert json.loads(out)["bands"]["rows"], "one rank prints, once"
     (profile,) = profiles(tmp_path)
     check(profile)
@@ -101,25 +103,18 @@ def test_two_torchrun_nodes_share_one_measurement_of_one_fabric(tmp_path: Path) 
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     homes = [tmp_path / str(node) for node in range(2)]
-    nodes = [
-        subprocess.Popen(
-            torchrun(
-                "--nnodes", "2", "--node-rank", str(node), "--nproc-per-node", "2",
-                "--master-addr", "127.0.0.1", "--master-port", str(port),
-            ),
-            env=environment(home), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )
-        for node, home in enumerate(homes)
-    ]  # fmt: skip
-    try:
-        printed = [node.communicate(timeout=110) for node in nodes]
-    finally:
-        for node in nodes:
-            node.kill()
-            node.wait()
-    assert [node.returncode for node in nodes] == [0, 0], printed
-    assert json.loads(printed[0][0])["bands"]["rows"]
-    assert printed[1][0] == "", "only the first of all ranks prints"
+
+    def run_node(node: int) -> str:
+        return torchrun(
+            homes[node],
+            "--nnodes", "2", "--node-rank", str(node), "--nproc-per-node", "2",
+            "--master-addr", "127.0.0.1", "--master-port", str(port),
+        )  # fmt: skip
+
+    with ThreadPoolExecutor() as pool:
+        printed = list(pool.map(run_node, range(2)))
+    assert json.loads(printed[0])["bands"]["rows"]
+    assert printed[1] == "", "only the first of all ranks prints"
     (first,), (second,) = (profiles(home) for home in homes)
     check(first)
     assert first == second, "measured once, written by both nodes"

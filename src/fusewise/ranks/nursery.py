@@ -141,6 +141,7 @@ def _bind_to_parent(parent: int) -> None:
 def main(handle: int, modules: list[str]) -> None:
     """Serves one supervisor until it closes its end: forks a process, or waits for one."""
     with socket.socket(fileno=handle) as supervisor:
+        gc.disable()  # modules are not garbage; collecting among them is a tenth of the start
         try:
             import torch.distributed  # noqa: F401
         except (ImportError, OSError) as error:
@@ -152,6 +153,7 @@ def main(handle: int, modules: list[str]) -> None:
             with suppress(ImportError, OSError):  # a rank that needs it will say so
                 importlib.import_module(name)
         gc.freeze()  # no rank's collector walks what is here by now
+        gc.enable()
         while True:
             message, fds, _, _ = socket.recv_fds(supervisor, _MESSAGE_BYTES, 2)
             if not message:
