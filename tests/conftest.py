@@ -20,6 +20,9 @@ gc.disable()  # while tests are collected: modules are not garbage, and collecti
 def pytest_collection_finish() -> None:
     """What every test shares is never garbage: without it each full collection walks all of it."""
     gc.freeze()
+    gc.set_threshold(
+        50_000
+    )  # simulations of engines run here, and make as many objects as a compiler
     gc.enable()
 
 

@@ -6,8 +6,10 @@ reason is exact.
 
 from __future__ import annotations
 
+import functools
 import warnings
 from typing import Any
+from unittest.mock import patch
 
 HIDDEN = 64
 FUSE, JOIN = "fuse", "join"
@@ -80,12 +82,21 @@ FAMILIES: dict[str, tuple[dict[str, Any], list[str]]] = {
 PLANS = {"GptOss": _BIAS_PLAN}  # transformers splits its experts only, or only its embedding
 
 
+@functools.cache
+def _mesh(world_size: int) -> Any:
+    """transformers' mesh, one for all models: nine groups, whose threads wake every 10 ms."""
+    from transformers.distributed import DistributedConfig
+    from transformers.distributed.utils import initialize_distributed_mesh
+
+    return initialize_distributed_mesh(DistributedConfig(tp_size=world_size))
+
+
 def build(name: str, world_size: int) -> Any:
     """A family's model, split over the default group, bf16, with drawn norm weights and biases."""
     import torch
     import transformers
     from torch.distributed.tensor import DTensor
-    from transformers.distributed import DistributedConfig
+    from transformers.distributed import DistributedConfig, mixin
 
     family = name.partition(",")[0]
     config = getattr(transformers, f"{family}Config")(
@@ -94,8 +105,12 @@ def build(name: str, world_size: int) -> Any:
     architecture = getattr(transformers, f"{family.removesuffix('Text')}ForCausalLM")
     plan = {"tp_plan": PLANS[name]} if name in PLANS else {}
     split = DistributedConfig(tp_size=world_size, **plan)
+    mesh = _mesh(world_size)
     torch.manual_seed(0)
-    with warnings.catch_warnings():
+    with (
+        patch.object(mixin, "initialize_distributed_mesh", lambda _: mesh),
+        warnings.catch_warnings(),
+    ):
         warnings.simplefilter("ignore")  # transformers and DTensor, about weights that are drawn
         model = architecture.from_pretrained(
             None, config=config, state_dict={}, dtype=torch.bfloat16, distributed_config=split

@@ -37,3 +37,4 @@ if "torch._inductor.compile_fx" in sys.modules:
 
 gc.collect()
 gc.freeze()
+gc.set_threshold(50_000)  # as in the product's ranks: a tenth of every compilation

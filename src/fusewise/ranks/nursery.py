@@ -34,6 +34,7 @@ _START_S = 180.0  # an interpreter and torch, on a cold disk
 _SLACK_S = 10.0  # a fork, and an answer on a busy host
 _POLL_S = 0.01
 _MESSAGE_BYTES = 4096
+_NEW_OBJECTS = 50_000  # between collections; with the usual 700 they are a tenth of a compilation
 
 
 class Nursery:
@@ -153,6 +154,7 @@ def main(handle: int, modules: list[str]) -> None:
             with suppress(ImportError, OSError):  # a rank that needs it will say so
                 importlib.import_module(name)
         gc.freeze()  # no rank's collector walks what is here by now
+        gc.set_threshold(_NEW_OBJECTS)
         gc.enable()
         while True:
             message, fds, _, _ = socket.recv_fds(supervisor, _MESSAGE_BYTES, 2)
