@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import typer.testing
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # read with torch; tests' processes fill the cores
 gc.disable()  # while tests are collected: modules are not garbage, and collecting is not free
 
 

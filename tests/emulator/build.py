@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 HERE = Path(__file__).parent
 KERNELS = Path(fusewise.backends.native.cuda.__file__).parent
-FLAGS = ["-std=c++17", "-O1", "-fPIC", "-ffp-contract=off", "-fno-gnu-unique", "-U_FORTIFY_SOURCE",
+FLAGS = ["-std=c++17", "-Og", "-fPIC", "-ffp-contract=off", "-fno-gnu-unique", "-U_FORTIFY_SOURCE",
          "-Wno-unknown-pragmas", f"-I{HERE}"]  # fmt: skip
 COPY = 0  # the table's first entry
 

@@ -79,7 +79,7 @@ void Engine::start_cluster(Launch& launch, int cluster) {
 Fiber* Engine::idle_fiber() {
   if (idle_.empty()) {
     auto fiber = std::make_unique<Fiber>();
-    fiber->stack = std::make_unique<char[]>(kStackBytes);
+    fiber->stack.reset(new char[kStackBytes]);  // not zeroed: most of it is never touched
     getcontext(&fiber->beginning);
     fiber->beginning.uc_stack.ss_sp = fiber->stack.get();
     fiber->beginning.uc_stack.ss_size = kStackBytes;
