@@ -11,6 +11,7 @@ and table and plot beside it, to benchmarks/results/ by default. Needs a GPU per
 from __future__ import annotations
 
 import argparse
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -25,10 +26,10 @@ BATCHES = "1,8,64,96,128,256"
 PREFILL = "2048,8192,16384"
 
 
-def fusewise(*words: str) -> str:
-    """The table on stdout; progress goes to this process's stderr."""
+def fusewise(*words: str) -> subprocess.CompletedProcess[str]:
+    """Its code and the table on stdout; progress goes to this process's stderr."""
     command = [sys.executable, "-m", "fusewise", *words]
-    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    return subprocess.run(command, check=False, stdout=subprocess.PIPE, text=True)
 
 
 def left_out(profile: str) -> list[str]:
@@ -54,18 +55,24 @@ def main() -> int:
         print(f"decode_h200: needs {tp} GPUs", file=sys.stderr)
         return 3
     if profile is None:
-        fusewise("tune", "--tp", str(tp), "--hidden", "2048", "--into", str(RESULTS))
+        fusewise(
+            "tune", "--tp", str(tp), "--hidden", "2048", "--into", str(RESULTS)
+        ).check_returncode()
         profile = str(max(RESULTS.glob(f"device=*tp={tp},*.json"), key=lambda p: p.stat().st_mtime))
     names = left_out(profile)
-    table = fusewise(
+    signal.signal(
+        signal.SIGTERM, lambda *_: None
+    )  # timeout tells decode too, which keeps what it has
+    decode = fusewise(
         "decode", "--model", "qwen3-30b-a3b", "--layers", str(arguments.layers), "--tp", str(tp),
         "--batches", BATCHES, "--prefill", PREFILL, "--steps", arguments.steps,
         "--profile", profile, *(word for name in names for word in ("--without", name)),
         "--output", str(output), "--plot", str(output.with_suffix(".svg")), "--format", "md",
     )  # fmt: skip
-    output.with_suffix(".md").write_text(table)
-    print(table, end="")
-    return 0
+    if decode.stdout:
+        output.with_suffix(".md").write_text(decode.stdout)
+    print(decode.stdout, end="")
+    return decode.returncode
 
 
 if __name__ == "__main__":

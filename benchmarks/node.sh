@@ -79,10 +79,13 @@ kernels() {
     benchmarks/native_kernels.py --out "$2" ${KERNELS-}
 }
 
-decode() {
+decode() { # cut short, it leaves the sizes it came to
+  local code=0
   bounded 560 "$python" benchmarks/decode_h200.py --tp "$1" --layers 16 \
-    --profile "$out/profile_tp$1.json" --output "$scratch/decode.json" ${DECODE-} &&
-    mv "$scratch/decode.svg" "$out/decode_tp$1.svg" && mv "$scratch/decode.json" "$2"
+    --profile "$out/profile_tp$1.json" --output "$scratch/decode.json" ${DECODE-} || code=$?
+  [[ ! -s $scratch/decode.svg ]] || mv "$scratch/decode.svg" "$out/decode_tp$1.svg"
+  [[ ! -s $scratch/decode.json ]] || mv "$scratch/decode.json" "$2"
+  return "$code"
 }
 
 vllm() {

@@ -117,9 +117,11 @@ def test_arms_that_run_the_same_are_starred_alike() -> None:
 
 def test_the_document_keeps_every_round() -> None:
     made = document(
-        ROWS, settings={}, fingerprint={}, arms=[], sites={}, command="", created="", fusewise=""
-    )
+        ROWS, settings={}, fingerprint={}, arms=[], sites={}, unreached=[("prefill", 7)],
+        command="", created="", fusewise="",
+    )  # fmt: skip
     assert [row["times_s"] for row in made["rows"]] == [row["times_s"] for row in ROWS]
+    assert made["unreached"] == [{"phase": "prefill", "tokens": 7}]
     assert "times_s" not in section(ROWS, "title", []).records[0]
 
 

@@ -118,6 +118,15 @@ def test_what_is_not_whole_is_kept_apart_and_asked_again(tmp_path: Path) -> None
     assert node.files() == {"native_kernels_tp2.json"}
 
 
+def test_a_decode_cut_short_leaves_the_sizes_it_came_to(tmp_path: Path) -> None:
+    node = Node(tmp_path, 2)
+    code, told = node.run(str(node.out), "tune", "decode", FAIL="decode_h200.py")
+    assert code == 9
+    assert "decode, 2 ranks: exit code 9" in told
+    assert node.files() == {"profile_tp2.json", "decode_tp2.part.json"}
+    assert (node.out / "decode_tp2.svg").exists()
+
+
 def test_what_does_not_fit_is_left_to_the_next_run(tmp_path: Path) -> None:
     node = Node(tmp_path, 2)
     code, told = node.run(str(node.out), "verify", LIMIT_S="5")

@@ -15,6 +15,7 @@ import typer
 import fusewise
 from fusewise.commands.measuring import alone
 from fusewise.commands.options import (
+    INTERRUPTED,
     FormatOption,
     ProfileOption,
     TpOption,
@@ -27,6 +28,7 @@ from fusewise.commands.options import (
     write,
 )
 from fusewise.decode.arms import Arm, arms_for
+from fusewise.decode.attempt import Attempt, run_decode
 from fusewise.decode.config import (
     BATCHES,
     CPU_STEPS,
@@ -37,10 +39,10 @@ from fusewise.decode.config import (
     DecodeSettings,
 )
 from fusewise.decode.models import shape_named
-from fusewise.decode.results import document, section
+from fusewise.decode.results import Row, document, section
 from fusewise.engines.base import EngineSettings
 from fusewise.engines.registry import engine_named
-from fusewise.errors import InputError, RankError
+from fusewise.errors import InputError
 from fusewise.node import Fingerprint
 from fusewise.profiles import store
 from fusewise.profiles.schema import Profile
@@ -49,9 +51,6 @@ from fusewise.shape import parse_dtype, parse_size
 from fusewise.tune.settings import Settings
 
 _TUNE_S = {"cpu": 10.0, "cuda": 60.0}
-# Seconds of a core to import, once for all ranks instead of once for each.
-_COMPILES = ("torch._inductor.compile_fx", "transformers.modeling_utils")
-
 
 ModelOption = Annotated[
     str | None,
@@ -135,34 +134,66 @@ def decode(
         engine_cap_bytes=cap_bytes,
         without=words(without),
     )
-    with alone():
-        result = _run(team, settings, arms)
-    notes = [f"{arm.name}: {arm.note}" for arm in arms]
-    write([section(result["rows"], _title(settings, node), notes)], fmt)
-    if output is not None:
-        output.write_text(json.dumps(_record(result, settings, node, arms), indent=1) + "\n")
-        tell([f"wrote {output}"])
-    if plot is not None:
-        _draw(result, _title(settings, node), plot)
+    attempt = _run(team, settings, arms)
+    if attempt.rows:
+        title = _title(settings, node)
+        write([section(attempt.rows, title, [f"{arm.name}: {arm.note}" for arm in arms])], fmt)
+        _save(_record(attempt, settings, node, arms), output)
+        _draw(attempt.rows, title, plot)
+    _end(attempt, settings)
 
 
-def _draw(result: dict[str, Any], title: str, plot: Path) -> None:
+def _run(team: Team, settings: DecodeSettings, arms: list[Arm]) -> Attempt:
+    from fusewise.commands.progress import progress
+
+    with alone(), progress("decode") as listen:
+        return run_decode(team, settings, arms, listen)
+
+
+def _end(attempt: Attempt, settings: DecodeSettings) -> None:
+    """Says what is missing, and ends as the run did.
+
+    Raises:
+        RankError: a rank failed; the message names it and what it was doing.
+        KeyboardInterrupt: before anything was measured.
+    """
+    if attempt.ended_by is None:
+        return
+    if attempt.rows:
+        missing = ", ".join(f"{phase} {tokens}" for phase, tokens in attempt.unreached(settings))
+        tell([f"Not reached: {missing or 'the end'}. What was measured before is kept."])
+        if isinstance(attempt.ended_by, KeyboardInterrupt):
+            raise typer.Exit(INTERRUPTED)
+    raise attempt.ended_by
+
+
+def _save(record: dict[str, Any], output: Path | None) -> None:
+    if output is None:
+        return
+    output.write_text(json.dumps(record, indent=1) + "\n")
+    tell([f"wrote {output}"])
+
+
+def _draw(rows: list[Row], title: str, plot: Path | None) -> None:
+    if plot is None:
+        return
     from fusewise.decode.picture import save
 
-    save(result["rows"], title, plot)
+    save(rows, title, plot)
     tell([f"wrote {plot}"])
 
 
 def _record(
-    result: dict[str, Any], settings: DecodeSettings, node: Fingerprint, arms: list[Arm]
+    attempt: Attempt, settings: DecodeSettings, node: Fingerprint, arms: list[Arm]
 ) -> dict[str, Any]:
     """What ``--output`` writes: the rows with all that is needed to read or repeat them."""
     return document(
-        result["rows"],
+        attempt.rows,
         settings=asdict(settings),
         fingerprint=node.model_dump(mode="json", exclude_none=True),
         arms=[_arm_record(arm, settings.hidden_size) for arm in arms],
-        sites=result["sites"],
+        sites=attempt.sites,
+        unreached=attempt.unreached(settings),
         command=" ".join(["fusewise", *sys.argv[1:]]),
         created=datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
         fusewise=fusewise.__version__,
@@ -225,35 +256,3 @@ def _profile(name: str | None, node: Fingerprint, team: Team, settings: DecodeSe
         measured = tune_team(team, sizes, listen)
     assert measured is not None  # this process leads: it has all ranks
     return measured
-
-
-def _run(team: Team, settings: DecodeSettings, arms: list[Arm]) -> dict[str, Any]:
-    """Rank 0's result.
-
-    Raises:
-        RankError: a rank failed; the message names it and what it was doing.
-    """
-    from fusewise.commands.progress import progress
-    from fusewise.ranks.nursery import Nursery
-    from fusewise.ranks.supervisor import run_attempt, terminated_like_interrupted
-
-    request = {
-        "settings": asdict(settings),
-        "plans": {arm.name: arm.plan.to_dict() for arm in arms},
-    }
-    job = "fusewise.decode.rank:decode_rank"
-    # Not on GPUs: what compiles may ask CUDA while it loads, which no fork survives.
-    modules = _COMPILES if team.device == "cpu" else ()
-    with terminated_like_interrupted(), progress("decode") as listen, Nursery(*modules) as nursery:
-
-        def told(rank: int, event: dict[str, Any]) -> None:
-            if rank == 0 and event["kind"] == "progress":
-                listen(event)
-
-        outcome = run_attempt(team, job, request, told, nursery, settings.timeout_s)
-    if outcome.failure is not None:
-        error = RankError(f"decode stopped: {outcome.failure}")
-        error.exit_code = outcome.failure.code
-        raise error
-    result: dict[str, Any] = outcome.results[0]
-    return result

@@ -11,6 +11,7 @@ from fusewise.shape import DType, Shape
 from fusewise.tune.settings import MIN_ROUNDS
 
 Compiler = Literal["inductor", "interpreted"]
+Phase = Literal["decode", "prefill"]
 
 BATCHES = (1, 8, 64, 96, 128)  # those of vLLM issue 44079's table, and small ones
 GPU_PREFILL = (2048, 8192, 16384)
@@ -65,6 +66,12 @@ class DecodeSettings:
         if not MIN_ROUNDS <= self.repeats <= 1001:
             expected = f"{MIN_ROUNDS} to 1001, for an interval"
             raise InputError("repeats out of range", expected=expected, got=str(self.repeats))
+
+    @property
+    def sizes(self) -> list[tuple[Phase, int]]:
+        """Every batch and every prefill length, in the order they are measured."""
+        decode: list[tuple[Phase, int]] = [("decode", batch) for batch in self.batches]
+        return decode + [("prefill", tokens) for tokens in self.prefill_tokens]
 
     @property
     def hidden_size(self) -> int:

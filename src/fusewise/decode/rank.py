@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fusewise.decode.config import DecodeSettings
+from fusewise.decode.config import DecodeSettings, Phase
 from fusewise.decode.models import build_model, shape_named
+from fusewise.decode.results import Row
 from fusewise.decode.step import Batch, Compiled, DecodeRunner, PrefillRunner
 from fusewise.errors import VerificationError
 from fusewise.graph.decide import Choice, TokenRange, decide
@@ -30,13 +31,11 @@ _TIME_S = 300.0
 # experts may flip; what is broken is off by the size of the logits themselves.
 _BROKEN = 0.5
 
-Row = dict[str, Any]
-Phase = Literal["decode", "prefill"]
 Runner = DecodeRunner | PrefillRunner
 
 
-def decode_rank(worker: Worker, request: dict[str, Any]) -> dict[str, Any] | None:
-    """The job: rows of every arm on rank 0, None elsewhere."""
+def decode_rank(worker: Worker, request: dict[str, Any]) -> None:
+    """The job: every rank tells all arms' rows as soon as it has those of a size."""
     settings = DecodeSettings(**request["settings"])
     plans = {name: Plan.from_dict(plan) for name, plan in request["plans"].items()}
     if worker.rank:  # all ranks compile the same graphs; rank 0 tells of them
@@ -52,29 +51,26 @@ def decode_rank(worker: Worker, request: dict[str, Any]) -> dict[str, Any] | Non
     model = build_model(shape, worker.world_size, dtype, positions).to(group.device)
     baseline = next(iter(plans.values())).baseline
     compiled = Compiled(model, group, baseline, settings)
-    work: list[tuple[Phase, int]] = [("decode", size) for size in settings.batches]
-    work += [("prefill", tokens) for tokens in settings.prefill_tokens]
-    rows: list[Row] = []
-    for done, (phase, tokens) in enumerate(work):
+    for done, (phase, tokens) in enumerate(settings.sizes):
         name = f"{phase} {tokens}"
-        worker.emit("progress", done=done, planned=len(work), op=phase, shape=f"{tokens}")
+        worker.emit("progress", done=done, planned=len(settings.sizes), op=phase, shape=f"{tokens}")
         worker.phase(f"{name}: compile", None, _COMPILE_S)
         runners = _runners(compiled, phase, tokens, communicators)
         worker.phase(f"{name}: check", None, _TIME_S)
         differences = _differences(runners)
         times_s = _times(worker, name, runners, settings.repeats)
-        rows += [
+        rows = [
             _row(runner, arm, phase, tokens, settings)
             | {"times_s": times_s[arm], "logits_difference": differences[arm]}
             for arm, runner in runners.items()
         ]
-    sites = {
-        choice: [str(site).strip() for site in fusion.sites]
-        for choice, fusion in compiled.passes.items()
-    }
+        sites = {
+            choice: [str(site).strip() for site in fusion.sites]
+            for choice, fusion in compiled.passes.items()
+        }
+        worker.emit("measured", rows=rows, sites=sites)
     for communicator in communicators.values():
         communicator.close()
-    return {"rows": rows, "sites": sites} if worker.rank == 0 else None
 
 
 def _communicators(

@@ -87,6 +87,7 @@ def document(
     fingerprint: Mapping[str, Any],
     arms: Sequence[Mapping[str, Any]],
     sites: Mapping[str, Sequence[str]],
+    unreached: Sequence[tuple[str, int]],
     command: str,
     created: str,
     fusewise: str,
@@ -102,5 +103,6 @@ def document(
         "settings": dict(settings),
         "arms": [dict(arm) for arm in arms],
         "sites": {choice: list(lines) for choice, lines in sites.items()},
+        "unreached": [{"phase": phase, "tokens": tokens} for phase, tokens in unreached],
         "rows": records(rows),
     }
