@@ -13,36 +13,35 @@ import torch
 
 
 class _CapturedError(Exception):
-    """Ends a call at its graph."""
+    """Ends a compilation at its graph: guards and bytecode are for calls, and there is none."""
 
 
 def captured(function: Callable[..., Any], **arguments: Any) -> bytes:
     """The one graph of ``function(**arguments)``, and where it finds each of its inputs."""
+    from torch._dynamo.exc import BackendCompilerFailed
     from torch.fx._graph_pickler import GraphPickler, Options
 
-    graphs: list[torch.fx.Graph] = []
+    found: list[bytes] = []
 
     def backend(module: torch.fx.GraphModule, inputs: Any) -> Any:
-        graphs.append(module.graph)
+        graph = module.graph
+        sources: list[str] = [
+            node._dynamo_source.name for node in graph.find_nodes(op="placeholder")
+        ]
+        for node in graph.nodes:
+            node.meta = {}  # values as this rank has them
+        bare = torch.fx.GraphModule(torch.nn.Module(), graph)
+        found.append(GraphPickler.dumps((bare, sources), Options(ops_filter=None)))
+        raise _CapturedError
 
-        def stop(*inputs: Any) -> Any:
-            raise _CapturedError
-
-        return stop
-
-    unguarded = {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe}  # it is called once
     torch._dynamo.reset()
-    compiled = torch.compile(function, backend=backend, options=unguarded, fullgraph=True)
     try:
-        compiled(**arguments)
-    except _CapturedError:
-        (graph,) = graphs
-    placeholders = graph.find_nodes(op="placeholder")
-    sources: list[str] = [node._dynamo_source.name for node in placeholders]
-    for node in graph.nodes:
-        node.meta = {}  # values as this rank has them
-    module = torch.fx.GraphModule(torch.nn.Module(), graph)
-    return GraphPickler.dumps((module, sources), Options(ops_filter=None))
+        torch.compile(function, backend=backend, fullgraph=True)(**arguments)
+    except BackendCompilerFailed as failed:
+        if not isinstance(failed.inner_exception, _CapturedError):
+            raise
+    (capture,) = found
+    return capture
 
 
 def run(capture: bytes, backend: Callable[..., Any], **arguments: Any) -> Any:
