@@ -5,6 +5,7 @@ Every arm's logits are compared with the unfused arm's before anything is timed.
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -69,6 +70,8 @@ def decode_rank(worker: Worker, request: dict[str, Any]) -> None:
             for choice, fusion in compiled.passes.items()
         }
         worker.emit("measured", rows=rows, sites=sites)
+        del runners
+        gc.collect()  # caches and captured graphs of this size, before the next takes its own
     for communicator in communicators.values():
         communicator.close()
 
