@@ -37,8 +37,10 @@ inline int block_index() { return engine->current->block->index; }
 inline int block_count() { return engine->current->block->launch->blocks; }
 inline int cluster_rank() { return block_index() % engine->current->block->launch->cluster; }
 
-template <class T>
-void compute_now(T*&) {}
+struct Computed {
+  template <class T>
+  void add(T*&) {}
+};
 
 // --- this rank's memory
 
@@ -163,7 +165,7 @@ inline void send_in_cluster(float* at, Inbox& inbox, int block, float value) {
 
 // --- streams and time
 
-inline void dependency_wait() { engine->dependency_wait(); }
+inline void dependency_wait(const Computed& = {}) { engine->dependency_wait(); }
 inline void dependents_launch() { engine->dependents_launch(); }
 inline unsigned long long clock_ns() { return static_cast<unsigned long long>(engine->step); }
 inline void pause_ns(unsigned) { engine->give_way(1.0); }
@@ -184,6 +186,7 @@ inline float float_of(unsigned bits) {
 
 inline float reciprocal_sqrt(float value) { return 1.0f / std::sqrt(value); }
 inline float absolute(float value) { return std::fabs(value); }
+inline unsigned smaller(unsigned a, unsigned b) { return std::min(a, b); }
 inline float max_or_nan(float a, float b) {
   return std::isnan(a) || std::isnan(b) ? float_of(0x7fffffffu) : std::fmax(a, b);
 }

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fusewise.backends.native.instance import VECTOR_BYTES, WARP, Instance
+from fusewise.backends.native.instance import VECTOR_BYTES, WARP, Instance, units_per_row
 
 from .build import build
 from .checks import assert_call_is_right, assert_group_is_idle
@@ -39,10 +39,12 @@ INSTANCES = [
     Instance("two_shot", "bfloat16", 8, output="kStaticFp8"),
     Instance("two_shot", "float16", 4, output="kSum"),
     # For one width and one row per worker, as they are launched.
-    Instance("one_shot", "bfloat16", 2, one_row=True, row_vectors=32),
-    Instance("one_shot", "bfloat16", 4, blocks=4, one_row=True, row_vectors=65),
-    Instance("one_shot", "float32", 8, 2, one_row=True, row_vectors=33),
+    Instance("one_shot", "bfloat16", 2, one_pass=True, row_vectors=32),
+    Instance("one_shot", "bfloat16", 4, blocks=4, one_pass=True, row_vectors=65),
+    Instance("one_shot", "float32", 8, 2, one_pass=True, row_vectors=33),
     Instance("two_shot", "bfloat16", 4, 2, blocks=4, row_vectors=65),
+    Instance("two_shot", "bfloat16", 4, 2, one_pass=True, row_vectors=65),
+    Instance("two_shot", "float16", 8, blocks=2, one_pass=True, row_vectors=300),
     Instance("two_shot", "bfloat16", 8, 2, row_vectors=33),
     # Blocks that share a tile.
     Instance("two_shot", "bfloat16", 2, blocks=2),
@@ -76,6 +78,10 @@ def make_call(instance: Instance, num_tokens: int, hidden_size: int, rng: random
     values = given.pop("values", normals)
     vectors = hidden_size * dtype.itemsize // VECTOR_BYTES
     warps = -(-vectors // (WARP * instance.vectors * instance.blocks))
+    rows_per_tile = 1 if instance.one_pass else rng.randint(1, 3)
+    if instance.kernel == "two_shot" and instance.one_pass:
+        own_units = -(-units_per_row(-(-vectors // instance.world_size)) // instance.blocks)
+        warps = max(own_units, -(-own_units * (instance.world_size - 1) // instance.vectors))
     ranks = range(instance.world_size)
     residual = values(shape, dtype, rng)
     return Call(
@@ -84,8 +90,8 @@ def make_call(instance: Instance, num_tokens: int, hidden_size: int, rng: random
         residual=[residual for _ in ranks] if rng.random() < 0.7 else None,
         weight=normals((hidden_size,), dtype, rng),
         weight_bias=rng.choice([0.0, 1.0]),
-        workers=num_tokens if instance.one_row else rng.randint(1, num_tokens + 1),
-        rows_per_tile=rng.randint(1, 3),
+        workers=num_tokens if instance.one_pass else rng.randint(1, num_tokens + 1),
+        rows_per_tile=rows_per_tile,
         threads=WARP * (warps + rng.randint(0, 1)),
         dependent=rng.random() < 0.8,
         **given,
@@ -139,7 +145,7 @@ def test_every_small_number_of_tokens(library: ctypes.CDLL, num_tokens: int) -> 
 def test_one_block_takes_many_rows(library: ctypes.CDLL, world_size: int) -> None:
     rng = random.Random(world_size)
     fitting = [
-        i for i in INSTANCES if i.world_size == world_size and i.blocks == 1 and not i.one_row
+        i for i in INSTANCES if i.world_size == world_size and i.blocks == 1 and not i.one_pass
     ]
     calls = [make_call(rng.choice(fitting), 9, 264, rng) for _ in range(16)]
     for call in calls:

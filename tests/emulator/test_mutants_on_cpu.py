@@ -36,14 +36,14 @@ MUTANTS = {
     "last_word_only": (
         "slots.cuh", "v.word[0] != kSentinel && v.word[1] != kSentinel", "v.word[3] != kSentinel",
     ),
-    "raw_sentinel": ("slots.cuh", "word == kSentinel ? kCanonicalNan : word", "word"),
+    "raw_sentinel": ("slots.cuh", "smaller(word, kCanonicalNan)", "word"),
     "lost_restore": (
         "slots.cuh", "push_words(slot + j * kUnitBytes, empty_slot())", "(void)slot",
     ),
-    "shape_dependent_slots": ("slots.cuh", "phase * group.unit_capacity", "phase * 2"),
+    "phases_overlap": ("slots.cuh", "2 * kSourcesBytes<kWorld>", "kSourcesBytes<kWorld>"),
     "lost_partial": ("two_shot.cuh", "      push_word(slot, kSentinel);\n", ""),
     "lost_barrier": ("two_shot.cuh", "  block_barrier();  // all of shared.squares", "  //"),
-    "push_before_wait": ("one_shot.cuh", "  dependency_wait();", ""),
+    "push_before_wait": ("one_shot.cuh", "  dependency_wait(addresses);", ""),
     "copies_send": ("one_shot.cuh", "if (part.owns(i) && !dead)", "if (part.used[i] && !dead)"),
     "emptied_before_all_took": ("one_shot.cuh", "warp_barrier();  // all lanes have what", "//"),
     "own_blocks_unheard": (
@@ -54,7 +54,7 @@ MUTANTS = {
     "nothing_expected": ("row_reduce.cuh", "inbox_expect(inbox", "(void)(inbox"),
     "start_not_awaited": ("one_shot.cuh", "turn == 0) cluster_wait();", "turn == 0) {}"),
     "turns_forgotten": ("row_reduce.cuh", "turn / 2 % 2);", "0);"),
-    "copies_count": ("one_shot.cuh", "part.owns(i) ? mine : 0.0f", "mine"),
+    "copies_count": ("one_shot.cuh", "part.owns(0) ? sum_of", "true ? sum_of"),
 }  # fmt: skip
 
 

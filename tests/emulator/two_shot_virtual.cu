@@ -9,6 +9,6 @@ extern "C" __global__ void __launch_bounds__(FW_MAX_THREADS, FW_MIN_BLOCKS)
     fusewise_two_shot(const __grid_constant__ VirtualParams<TwoShotParams> params) {
   __shared__ TwoShotShared shared;
   two_shot<TwoShotConfig<FW_TYPE, FW_WORLD, FW_VECTORS, FW_BLOCKS, Output::FW_OUTPUT,
-                         FW_EARLY_TRIGGER, FW_ROW_VECTORS>,
+                         FW_EARLY_TRIGGER, FW_ONE_PASS, FW_ROW_VECTORS>,
            RandomSkew>(params.ranks[blockIdx.y], shared);
 }

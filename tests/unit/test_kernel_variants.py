@@ -47,7 +47,7 @@ def test_vectors_and_threads_of_one_shot(
     assert (launch.instance.vectors, launch.threads) == (vectors, threads)
     assert launch.instance.blocks == 1
     assert launch.instance.max_threads == launch.instance.threads == launch.threads
-    assert launch.instance.one_row and not launch.looped().instance.one_row
+    assert launch.instance.one_pass and not launch.looped().instance.one_pass
 
 
 @pytest.mark.parametrize(
@@ -76,12 +76,13 @@ def test_few_rows_are_spread_over_blocks(
 @pytest.mark.parametrize(
     ("num_tokens", "hidden_size", "output", "blocks"),
     [
-        (33, 8192, "kNorm", 4),  # 132 blocks, 256 vectors each
-        (34, 8192, "kNorm", 2),
+        (33, 7168, "kNorm", 4),  # 132 blocks, 224 vectors each
+        (34, 7168, "kNorm", 2),
+        (33, 7160, "kNorm", 2),
         (66, 8192, "kSum", 2),
         (67, 8192, "kSum", 1),
-        (1, 4096, "kNorm", 2),
-        (1, 4088, "kNorm", 1),
+        (1, 3584, "kNorm", 2),
+        (1, 3576, "kNorm", 1),
         (1, 8192, "kTokenFp8", 1),  # looks at whole rows
     ],
 )

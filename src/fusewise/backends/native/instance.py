@@ -44,7 +44,9 @@ class Instance:
     early_trigger: bool = False
     max_threads: int = 256
     min_blocks: int = 1
-    one_row: bool = False  # every worker has one row: no loop over rows, a sixth fewer registers
+    # Every worker has one row, or one tile in which no warp has more than it has under way at once:
+    # no loops, so a sixth fewer registers, in two-shot half.
+    one_pass: bool = False
     row_vectors: int = 0  # of the message; 0: known at run time only
     threads: int = 0  # of a block; 0: likewise
 
@@ -69,7 +71,7 @@ class Instance:
             ("FW_EARLY_TRIGGER", str(self.early_trigger).lower()),
             ("FW_MAX_THREADS", str(self.max_threads)),
             ("FW_MIN_BLOCKS", str(self.min_blocks)),
-            ("FW_ONE_ROW", str(self.one_row).lower()),
+            ("FW_ONE_PASS", str(self.one_pass).lower()),
             ("FW_ROW_VECTORS", str(self.row_vectors)),
             ("FW_THREADS", str(self.threads)),
         ]

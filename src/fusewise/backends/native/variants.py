@@ -43,7 +43,7 @@ _TWO_VECTORS_FROM = 513
 # multiprocessors.
 _SPREAD: dict[Kernel, tuple[tuple[int, int], ...]] = {
     "one_shot": ((300, 128), (600, 224)),
-    "two_shot": ((132, 256),),
+    "two_shot": ((132, 224),),
 }
 
 
@@ -158,7 +158,7 @@ class LaunchShape:
         instance = Instance(
             "one_shot", shape.dtype, world_size, vectors, blocks, output, variant.early_trigger
         )
-        exact = replace(bound(instance, threads), row_vectors=row_vectors, one_row=True)
+        exact = replace(bound(instance, threads), row_vectors=row_vectors, one_pass=True)
         return cls(exact, threads, shape.num_tokens, dependent_launch=sm >= 90)
 
     @classmethod
@@ -173,17 +173,22 @@ class LaunchShape:
         units = rows * shard_units
         blocks = variant.blocks or _spread("two_shot", shape)
         blocks = 1 if output.endswith("Fp8") else min(blocks, units)
-        threads = min(_TWO_SHOT_THREADS, round_up(-(-rows * row_vectors // blocks), 2 * WARP))
-        pieces = -(-units // blocks) * (world_size - 1)
+        own_units = -(-units // blocks)
+        pieces = own_units * (world_size - 1)
+        # A warp per piece, also where columns end within one.
+        lanes = max(-(-rows * row_vectors // blocks), pieces * WARP)
+        threads = min(_TWO_SHOT_THREADS, round_up(lanes, 2 * WARP))
+        ahead = min(_MOST_AHEAD, -(-pieces * WARP // threads))
         instance = Instance(
             "two_shot",
             shape.dtype,
             world_size,
-            vectors=min(_MOST_AHEAD, -(-pieces * WARP // threads)),
+            vectors=ahead,
             blocks=blocks,
             output=output,
             early_trigger=variant.early_trigger,
             max_threads=_TWO_SHOT_THREADS,
+            one_pass=max(own_units, -(-pieces // ahead)) * WARP <= threads,
             row_vectors=row_vectors,
             threads=threads,
         )
@@ -191,8 +196,8 @@ class LaunchShape:
         return cls(instance, threads, tiles, rows, dependent_launch=sm >= 90)
 
     def looped(self) -> LaunchShape:
-        """The same with workers that take one row after the other, as fewer fit than rows are."""
-        return replace(self, instance=replace(self.instance, one_row=False))
+        """The same with workers that take one row or tile after the other, where fewer fit."""
+        return replace(self, instance=replace(self.instance, one_pass=False))
 
     def grid(self, resident_workers: int) -> int:
         """Blocks to launch, given how many workers fit on the device at once.

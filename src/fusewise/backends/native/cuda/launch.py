@@ -68,7 +68,7 @@ class Kernels:
             ranks_here: blockIdx.y: virtual ranks that share this device, in a cooperative launch.
         """
         prepared, resident = self._prepared(shape, parameters, ranks_here)
-        if shape.instance.one_row and shape.workers > resident:
+        if shape.instance.one_pass and shape.workers > resident:
             prepared, _ = self._prepared(shape.looped(), parameters, ranks_here)
         return prepared
 

@@ -7,8 +7,9 @@
 // completes: no order among blocks is assumed.
 //
 // What is fast about it is the order: addresses before the wait for the kernel before; every load of
-// a row at once behind it; the pushes as soon as their own data is there; emptied slots and sums
-// stored only when the row's number is on its way.
+// a row at once behind it; whatever nobody waits for, such as the cluster's inboxes, while those are
+// under way; the pushes as soon as their own data is there; emptied slots and sums stored only when the
+// row's number is on its way.
 //
 // The host fills OneShotParams and passes it by value; `one_shot` is the whole kernel.
 
@@ -26,12 +27,11 @@ FW_DEVICE void exchange_row(const OneShotParams& p, const RowPart<Config>& part,
                             const unsigned (&epoch)[Config::kVectors],
                             Words (&own)[Config::kVectors],
                             Arrival<Config::kWorld> (&peers)[Config::kVectors]) {
-  const long long phase_bytes = slot_offset<Config::kWorld>(p.group, 1, 0, 0);
   warp_barrier();  // all lanes have read the epochs that lane 0 raises below
   Skew::before_push(p.group.rank, row);
   FW_UNROLL
   for (int i = 0; i < Config::kVectors; ++i) {
-    const long long phase = epoch[i] % 2 != 0 ? phase_bytes : 0;
+    const unsigned long long phase = epoch[i] % 2 * kSourcesBytes<Config::kWorld>;
     own[i] = canonical(own[i]);
     FW_UNROLL
     for (int j = 0; j < Config::kWorld - 1; ++j) {
@@ -112,9 +112,9 @@ FW_DEVICE void finish_row(const OneShotParams& p, RowShared<Config::kBlocks>& sh
                           const Arrival<Config::kWorld> (&peers)[Config::kVectors],
                           Words (&weight)[Config::kVectors]) {
   using Type = typename Config::Type;
-  float squares = 0.0f;
+  float squares = part.owns(0) ? sum_of_squares<Type>(total[0]) : 0.0f;
   FW_UNROLL
-  for (int i = 0; i < Config::kVectors; ++i) {
+  for (int i = 1; i < Config::kVectors; ++i) {
     const float mine = sum_of_squares<Type>(total[i]);
     squares += part.owns(i) ? mine : 0.0f;
   }
@@ -138,7 +138,7 @@ FW_DEVICE void finish_row(const OneShotParams& p, RowShared<Config::kBlocks>& sh
 // One row from the first load to the last store.
 template <class Config, class Skew>
 FW_DEVICE void run_row(const OneShotParams& p, RowShared<Config::kBlocks>& shared, int row, int turn,
-                       const RowPart<Config>& part, bool dead) {
+                       RowPart<Config> part, bool dead) {
   using Type = typename Config::Type;
   constexpr int kVectors = Config::kVectors;
   const bool has_residual = Config::kHasNorm && p.residual != nullptr;
@@ -152,6 +152,9 @@ FW_DEVICE void run_row(const OneShotParams& p, RowShared<Config::kBlocks>& share
     if (part.used[i]) epoch[i] = load_word(part.epoch[i]);
     residual[i] = nothing_to_add<Type>();
   }
+  Computed slots;
+  part.compute_slots(slots);
+  if (Config::kHasNorm && turn == 0) open_row(shared);
   if (Config::kEarlyLoads && has_residual) part.load(p.residual, residual);
   if (Config::kEarlyLoads && Config::kHasNorm) part.load_weight(p, weight);
   Arrival<Config::kWorld> peers[kVectors];
@@ -179,14 +182,18 @@ template <class Config, class Skew = NoSkew>
 FW_DEVICE void one_shot(const OneShotParams& p, RowShared<Config::kBlocks>& shared) {
   const int worker = block_index() / Config::kBlocks;
   const int workers = block_count() / Config::kBlocks;
-  if (Config::kHasNorm) open_row(shared);
   RowPart<Config> part(p, worker);
-  if (Config::kEarlyAddresses) part.compute_now();
-  dependency_wait();  // by every thread: what runs after this grid may then rely on its end alone
+  Computed addresses;
+  part.compute_loads(addresses);
+  if (Config::kEarlyAddresses) part.compute_slots(addresses);
+  const unsigned* dead_copy = copy_of_dead(p.group);
+  addresses.add(dead_copy);
+  // By every thread: what runs after this grid may then rely on its end alone.
+  dependency_wait(addresses);
   if (Config::kEarlyTrigger) dependents_launch();
 
-  const bool dead = is_dead(p.group);
-  if (Config::kOneRow) {
+  const bool dead = is_dead(dead_copy);
+  if (Config::kOnePass) {
     run_row<Config, Skew>(p, shared, worker, 0, part, dead);
   } else {
     int turn = 0;

@@ -12,23 +12,23 @@ namespace fusewise {
 // Mirrored field by field in params.py. Tensors are contiguous, 16-byte aligned, [num_tokens,
 // hidden_size] of one element type; hidden_size is a multiple of 8.
 struct OneShotParams {
-  GroupParams group;
-  OutputParams output;
   const void* x;
+  GroupParams group;
   const void* residual;  // null: none
   const void* weight;    // [hidden_size]; unused by Output::kSum
   void* residual_out;    // sum + residual; unused by Output::kSum
-  int num_tokens;
-  int row_vectors;  // 16-byte vectors of a row
-  int row_units;    // ceil(row_vectors / 32)
   float inverse_hidden_size;
   float eps;
   float weight_bias;
+  int num_tokens;
+  OutputParams output;
+  int row_vectors;  // 16-byte vectors of a row
+  int row_units;    // ceil(row_vectors / 32)
 };
 
 // What is compiled: the fields of an Instance (variants.py). kRowVectors 0: known at run time only.
 template <class Type_, int kWorld_, int kVectors_, int kBlocks_, Output kOutput_,
-          bool kEarlyTrigger_, bool kOneRow_ = false, int kRowVectors_ = 0>
+          bool kEarlyTrigger_, bool kOnePass_ = false, int kRowVectors_ = 0>
 struct OneShotConfig {
   using Type = Type_;
   static constexpr int kWorld = kWorld_;
@@ -36,7 +36,7 @@ struct OneShotConfig {
   static constexpr int kBlocks = kBlocks_;
   static constexpr Output kOutput = kOutput_;
   static constexpr bool kEarlyTrigger = kEarlyTrigger_;
-  static constexpr bool kOneRow = kOneRow_;  // every worker has one row
+  static constexpr bool kOnePass = kOnePass_;  // every worker has one row
   static constexpr bool kHasNorm = kOutput != Output::kSum;
   static constexpr int kRowVectors = kRowVectors_;
   // Four vectors per thread leave no registers for operands that are needed only after the wait.
@@ -68,7 +68,7 @@ struct RowPart {
   bool used[kVectors];     // of all lanes of a warp, or of none
   bool is_copy[kVectors];  // lanes past the end of the row repeat its last vector
   int column[kVectors];
-  long long place[kVectors];  // bytes into a tensor of the message's shape
+  unsigned long long place[kVectors];  // bytes into a tensor of the message's shape
   const char* x[kVectors];
   unsigned* epoch[kVectors];
   char* slot[kVectors];           // of phase 0, as are the peers'
@@ -85,11 +85,10 @@ struct RowPart {
       used[i] = columns - row_vectors < kWarp || column_here - lane < row_vectors;
       is_copy[i] = columns != row_vectors && column_here >= row_vectors;
       column[i] = is_copy[i] ? row_vectors - 1 : column_here;
-      const long long unit =
-          static_cast<long long>(row) * Config::row_units(p) + column[i] / kWarp;
-      const long long offset =
-          slot_offset<Config::kWorld>(p.group, 0, unit, column[i] % kWarp);
-      place[i] = (static_cast<long long>(row) * row_vectors + column[i]) * kVectorBytes;
+      const unsigned unit = row * Config::row_units(p) + column[i] / kWarp;
+      const unsigned long long offset = slot_offset<Config::kWorld>(unit, column[i] % kWarp);
+      const unsigned vector = row * row_vectors + column[i];
+      place[i] = static_cast<unsigned long long>(vector) * kVectorBytes;
       x[i] = static_cast<const char*>(p.x) + place[i];
       epoch[i] = p.group.epochs + unit;
       slot[i] = p.group.slots + offset;
@@ -101,14 +100,23 @@ struct RowPart {
   // Whether vector `i` is this thread's, and no repetition of another lane's.
   FW_DEVICE bool owns(int i) const { return used[i] && !is_copy[i]; }
 
-  FW_DEVICE void compute_now() {
+  // What is loaded first.
+  FW_DEVICE void compute_loads(Computed& addresses) {
     FW_UNROLL
     for (int i = 0; i < kVectors; ++i) {
-      fusewise::compute_now(x[i]);
-      fusewise::compute_now(epoch[i]);
-      fusewise::compute_now(slot[i]);
+      addresses.add(x[i]);
+      addresses.add(epoch[i]);
+    }
+  }
+
+  // The rest: before the wait where there are registers for it, else while those loads are under
+  // way.
+  FW_DEVICE void compute_slots(Computed& addresses) {
+    FW_UNROLL
+    for (int i = 0; i < kVectors; ++i) {
+      addresses.add(slot[i]);
       FW_UNROLL
-      for (int j = 0; j < kPeers; ++j) fusewise::compute_now(peers[i][j]);
+      for (int j = 0; j < kPeers; ++j) addresses.add(peers[i][j]);
     }
   }
 

@@ -28,14 +28,14 @@ class GroupParams(ctypes.Structure):
     """The group's part; slots.cuh."""
 
     _fields_ = [
-        ("slots", _POINTER),
-        ("peers", _POINTER * (MAX_RANKS - 1)),
         ("epochs", _POINTER),
         ("dead", _POINTER),
+        ("slots", _POINTER),
+        ("rank", ctypes.c_int32),
+        ("unit_capacity", ctypes.c_uint32),
+        ("peers", _POINTER * (MAX_RANKS - 1)),
         ("status", _POINTER),
         ("timeout_ns", ctypes.c_uint64),
-        ("unit_capacity", ctypes.c_int64),
-        ("rank", ctypes.c_int32),
     ]
 
 
@@ -54,18 +54,18 @@ class OneShotParams(ctypes.Structure):
     """The one-shot kernel's only parameter; one_shot_row.cuh."""
 
     _fields_ = [
-        ("group", GroupParams),
-        ("output", OutputParams),
         ("x", _POINTER),
+        ("group", GroupParams),
         ("residual", _POINTER),
         ("weight", _POINTER),
         ("residual_out", _POINTER),
-        ("num_tokens", ctypes.c_int32),
-        ("row_vectors", ctypes.c_int32),
-        ("row_units", ctypes.c_int32),
         ("inverse_hidden_size", ctypes.c_float),
         ("eps", ctypes.c_float),
         ("weight_bias", ctypes.c_float),
+        ("num_tokens", ctypes.c_int32),
+        ("output", OutputParams),
+        ("row_vectors", ctypes.c_int32),
+        ("row_units", ctypes.c_int32),
     ]
 
 
@@ -73,18 +73,18 @@ class TwoShotParams(ctypes.Structure):
     """The two-shot kernel's only parameter; two_shot_tile.cuh."""
 
     _fields_ = [
-        ("group", GroupParams),
-        ("output", OutputParams),
         ("x", _POINTER),
+        ("num_tokens", ctypes.c_int32),
+        ("rows_per_tile", ctypes.c_int32),
+        ("group", GroupParams),
         ("residual", _POINTER),
         ("weight", _POINTER),
         ("residual_out", _POINTER),
-        ("num_tokens", ctypes.c_int32),
-        ("row_vectors", ctypes.c_int32),
-        ("shard_vectors", ctypes.c_int32),
-        ("shard_units", ctypes.c_int32),
-        ("rows_per_tile", ctypes.c_int32),
         ("inverse_hidden_size", ctypes.c_float),
         ("eps", ctypes.c_float),
         ("weight_bias", ctypes.c_float),
+        ("row_vectors", ctypes.c_int32),
+        ("output", OutputParams),
+        ("shard_vectors", ctypes.c_int32),
+        ("shard_units", ctypes.c_int32),
     ]

@@ -24,18 +24,30 @@ struct alignas(16) Words {
 
 // --- where this thread is
 
-FW_DEVICE int thread_index() { return static_cast<int>(threadIdx.x); }
-// FW_THREADS: the block's size where it is fixed at compile time, else 0.
-FW_DEVICE int thread_count() { return FW_THREADS > 0 ? FW_THREADS : static_cast<int>(blockDim.x); }
-FW_DEVICE int block_index() { return static_cast<int>(blockIdx.x); }
-FW_DEVICE int block_count() { return static_cast<int>(gridDim.x); }
-
-// Has the address computed here, not where it is first used: what stands before dependency_wait()
-// runs while the kernel before ends.
-template <class T>
-FW_DEVICE void compute_now(T*& address) {
-  asm volatile("" : "+l"(address));
+// A division by a power of two is one shift only where the compiler knows that there is no sign.
+FW_DEVICE int without_sign(unsigned number) {
+  const int same = static_cast<int>(number);
+  __builtin_assume(same >= 0);
+  return same;
 }
+
+FW_DEVICE int thread_index() { return without_sign(threadIdx.x); }
+// FW_THREADS: the block's size where it is fixed at compile time, else 0.
+FW_DEVICE int thread_count() { return FW_THREADS > 0 ? FW_THREADS : without_sign(blockDim.x); }
+FW_DEVICE int block_index() { return without_sign(blockIdx.x); }
+FW_DEVICE int block_count() { return without_sign(gridDim.x); }
+
+// Addresses that are computed where they are added, not where they are first used; those that
+// dependency_wait() is given, before it, while the kernel before ends.
+struct Computed {
+  unsigned high = 0;  // the upper halves' bits
+
+  template <class T>
+  FW_DEVICE void add(T*& address) {
+    asm volatile("" : "+l"(address));
+    high |= static_cast<unsigned>(reinterpret_cast<unsigned long long>(address) >> 32);
+  }
+};
 
 // --- this rank's memory
 
@@ -194,9 +206,16 @@ FW_DEVICE void send_in_cluster(float*, Inbox&, int, float) {}
 
 // After it, everything the previous kernel of the stream wrote is visible. Without the launch
 // attribute it returns at once.
-FW_DEVICE void dependency_wait() {
+FW_DEVICE void dependency_wait(const Computed& addresses = {}) {
 #if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
+  // The assembler would move their arithmetic behind the wait, did nothing before it depend on them. No
+  // address has its highest bit set, so nobody exits.
+  asm volatile(
+      "{\n\t.reg .pred p;\n\t"
+      "setp.lt.s32 p, %0, 0;\n\t"
+      "@p exit;\n\t"
+      "griddepcontrol.wait;\n\t}" ::"r"(addresses.high)
+      : "memory");
 #endif
 }
 
@@ -224,6 +243,13 @@ FW_DEVICE unsigned bits_of(float value) { return __float_as_uint(value); }
 FW_DEVICE float float_of(unsigned bits) { return __uint_as_float(bits); }
 FW_DEVICE float reciprocal_sqrt(float value) { return rsqrtf(value); }
 FW_DEVICE float absolute(float value) { return fabsf(value); }
+
+// One instruction, where a comparison and a choice are two.
+FW_DEVICE unsigned smaller(unsigned a, unsigned b) {
+  unsigned least;
+  asm("min.u32 %0, %1, %2;" : "=r"(least) : "r"(a), "r"(b));
+  return least;
+}
 
 // The larger; NaN if either is NaN.
 FW_DEVICE float max_or_nan(float a, float b) {

@@ -97,9 +97,11 @@ template <int kBlocks>
 FW_DEVICE float total_over_row(RowNumbers<kBlocks>& numbers, int turn) {
   const int count = kBlocks * (thread_count() / kWarp);
   const float* buffer = numbers.buffer(turn);
-  float part[4] = {};
+  float part[4];
   FW_UNROLL
-  for (int i = 0; i < count; ++i) part[i % 4] += buffer[i];
+  for (int i = 0; i < 4; ++i) part[i] = i < count ? buffer[i] : 0.0f;
+  FW_UNROLL
+  for (int i = 4; i < count; ++i) part[i % 4] += buffer[i];
   return (part[0] + part[1]) + (part[2] + part[3]);
 }
 

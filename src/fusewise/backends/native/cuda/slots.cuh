@@ -48,20 +48,21 @@ struct Status {
 constexpr int kDeadCopies = 16;
 constexpr int kSectorWords = 8;  // 32 bytes, the unit of an L2 access
 
-// The part of a kernel's parameters that speaks of the group.
+// The part of a kernel's parameters that speaks of the group. The order is that of use, here and in the
+// structures around it: every 64 bytes of parameters are fetched when they are first read.
 struct GroupParams {
-  char* slots;                 // this rank's own
+  unsigned* epochs;  // [unit_capacity], this rank's own memory
+  unsigned* dead;    // [kDeadCopies * kSectorWords], this rank's own memory: 1 after a time-out
+  char* slots;       // this rank's own
+  int rank;
+  unsigned unit_capacity;      // units per phase and source; equal on all ranks
   char* peers[kMaxRanks - 1];  // peers[i]: where rank (rank + 1 + i) % world takes from this rank
-  unsigned* epochs;            // [unit_capacity], this rank's own memory
-  unsigned* dead;  // [kDeadCopies * kSectorWords], this rank's own memory: 1 after a time-out
   Status* status;
   unsigned long long timeout_ns;
-  long long unit_capacity;  // units per phase and source; equal on all ranks
-  int rank;
 };
 
 FW_DEVICE unsigned canonical_word(unsigned word) {
-  return word == kSentinel ? kCanonicalNan : word;
+  return smaller(word, kCanonicalNan);  // the sentinel is the largest number
 }
 
 FW_DEVICE Words canonical(Words v) {
@@ -84,19 +85,22 @@ FW_DEVICE bool complete(Words v) {
 
 FW_DEVICE Words empty_slot() { return Words{{kSentinel, kSentinel, kSentinel, kSentinel}}; }
 
-// Where vector `lane` of `unit` lies behind a rank's slots in `phase`, for its first source. The
-// sources of one unit are neighbours, so a reader needs one address. No rank is its own source: own
-// data stays in registers.
+// A unit's slots in one phase, of all sources. They are neighbours, so a reader needs one address. No
+// rank is its own source: own data stays in registers.
 template <int kWorld>
-FW_DEVICE long long slot_offset(const GroupParams& group, unsigned phase, long long unit,
-                                int lane) {
-  const long long place = (phase * group.unit_capacity + unit) * (kWorld - 1);
-  return place * kUnitBytes + lane * kVectorBytes;
+constexpr unsigned kSourcesBytes = (kWorld - 1) * kUnitBytes;
+
+// Where vector `lane` of `unit` lies behind a rank's slots in phase 0, for its first source. Phase 1 of
+// the unit is right behind: kSourcesBytes further.
+template <int kWorld>
+FW_DEVICE unsigned long long slot_offset(unsigned unit, int lane) {
+  return static_cast<unsigned long long>(unit) * (2 * kSourcesBytes<kWorld>) +
+         lane * kVectorBytes;
 }
 
 // Sends a canonical vector to every peer, the next rank first: no rank is everybody's first.
 template <int kWorld>
-FW_DEVICE void push_to_peers(const GroupParams& group, long long offset, Words v) {
+FW_DEVICE void push_to_peers(const GroupParams& group, unsigned long long offset, Words v) {
   FW_UNROLL
   for (int i = 0; i < kWorld - 1; ++i) push_words(group.peers[i] + offset, v);
 }
@@ -104,22 +108,25 @@ FW_DEVICE void push_to_peers(const GroupParams& group, long long offset, Words v
 // Whether a call before this one timed out. Its rank must then neither send nor take any more: what
 // it did not wait for may still be unread at a peer, and what comes late would pass for new. Called
 // after dependency_wait(); threads of one call may differ, so nobody skips a barrier because of it.
-FW_DEVICE bool is_dead(const GroupParams& group) {
-  // Differs from lane to lane: what is the same for all goes to a uniform register, and then everything
-  // behind it waits for this load.
-  const int copy = block_index() % kDeadCopies * kSectorWords;
-  return load_word(group.dead + copy + thread_index() % kSectorWords) != 0;
+FW_DEVICE bool is_dead(const unsigned* copy) { return load_word(copy) != 0; }
+
+// The copy that this thread looks at. Differs from lane to lane: what is the same for all goes to a
+// uniform register, and then everything behind it waits for this load.
+FW_DEVICE const unsigned* copy_of_dead(const GroupParams& group) {
+  const int sector = block_index() % kDeadCopies * kSectorWords;
+  return group.dead + sector + thread_index() % kSectorWords;
 }
 
 // A bounded wait: asked once in kPollsPerCheck vain polls.
 struct Patience {
   unsigned long long deadline = 0;
 
-  // True once the time is up, here or for any thread of this rank: the group is dead.
-  FW_DEVICE bool is_over(const GroupParams& group) {
+  // True once the time is up, here or for any thread of this rank: the group is dead. Who comes
+  // `second` leaves it for a while to others of its rank, who know better who is missing.
+  FW_DEVICE bool is_over(const GroupParams& group, bool second = false) {
     if (peek_word(group.dead) != 0) return true;
     const unsigned long long now = clock_ns();
-    if (deadline == 0) deadline = now + group.timeout_ns;
+    if (deadline == 0) deadline = now + group.timeout_ns + (second ? group.timeout_ns / 4 : 0);
     return now >= deadline;
   }
 };

@@ -14,6 +14,10 @@
 // read of a gathered slot; a rank's own blocks send each other words after the call before has ended
 // too. An owner without columns in a unit sends no partial sum of it, and nobody expects one.
 //
+// What is fast about it: nothing waits that need not. Own columns are loaded with those that are
+// sent; a reducing warp sends its sum of squares first; the others take the peers' columns meanwhile,
+// so that behind the last partial sum only the norm is left.
+//
 // Progress. As one_shot, with tiles for rows: tiles are equal on all ranks (rows_per_tile follows
 // from the shape), taken in rising order, and all blocks are resident. The smallest unfinished tile
 // has been scattered by all its blocks on all ranks, so it is reduced by all, so gathered by all.
@@ -25,81 +29,90 @@
 
 namespace fusewise {
 
-// What a warp keeps of its first unit from reduce() to the end; of further units it reads it back.
-struct Kept {
-  Words sum;       // this rank's rounded columns
-  Words weight;    // of these columns
-  unsigned epoch;  // as read; raised at the end of the tile, when nobody reads it any more
-};
-
-// Sends the sum of squares of this rank's columns in a unit to every block of the tile, its own and
-// the peers': a lane each.
+// Where this lane sends the sum of squares of this rank's columns in a unit: lanes share out the blocks
+// of the tile, its own and the peers'. Null: nowhere.
 template <class Config>
-FW_DEVICE void send_squares(const Tile<Config>& tile, TwoShotShared& shared, int unit, float sum) {
+FW_DEVICE char* partial_target(const Tile<Config>& tile, int unit) {
   constexpr int kWorld = Config::kWorld;
   const GroupParams& group = tile.p.group;
   const int lane = thread_index() % kWarp;
-  const unsigned word = canonical_word(bits_of(sum));
-  if (lane == 0) shared.squares[unit * kWorld + group.rank] = float_of(word);
-  if (lane >= Config::kBlocks * kWorld || tile.dead || !tile.has_columns(unit, group.rank)) return;
   const int block = lane / kWorld;
   const int peer = lane % kWorld;  // the last is this rank
-  const long long words = partial_offset<kWorld>(group, tile.global_unit(unit), block);
-  if (peer < Config::kPeers) {
-    // peers[] begins at this rank's vectors there.
-    const int source = dense(group.rank, (group.rank + 1 + peer) % kWorld);
-    push_word(group.peers[peer] + words + group.rank * 4 - source * kUnitBytes, word);
-  } else if (block != tile.share) {
-    push_word(group.slots + words + group.rank * 4, word);
-  }
+  if (block >= Config::kBlocks || tile.dead || !tile.has_columns(unit, group.rank)) return nullptr;
+  const unsigned long long words =
+      partial_offset<kWorld>(group, tile.global_unit(unit), block) + group.rank * 4;
+  if (peer == Config::kPeers) return block != tile.share ? group.slots + words : nullptr;
+  // peers[] begins at this rank's vectors there.
+  const int source = dense(group.rank, (group.rank + 1 + peer) % kWorld);
+  return group.peers[peer] + words - source * kUnitBytes;
 }
 
+// Takes this rank's columns in a unit of all ranks, adds and sends them; they are returned as rounded.
 template <class Config>
-FW_DEVICE Kept reduce(const Tile<Config>& tile, TwoShotShared& shared) {
+FW_DEVICE Words reduce_unit(const Tile<Config>& tile, TwoShotShared& shared,
+                            const Own<Config>& own) {
   using Type = typename Config::Type;
   constexpr int kWorld = Config::kWorld;
   const TwoShotParams& p = tile.p;
-  const int lane = thread_index() % kWarp;
-  const bool has_residual = Config::kHasNorm && p.residual != nullptr;
-  void* sums = Config::kHasNorm ? p.residual_out : p.output.out;
+  const Piece& piece = own.piece;
+  const unsigned phase = own.epoch % 2;
+  float squares = 0.0f;
+  Words rounded = {};
+  Arrival<kWorld> peers;
+  if (piece.column >= 0) {
+    peers.slot = p.group.slots + tile.scatter_slot(piece.unit, phase);
+    peers.ask();
+  }
+  char* target = nullptr;  // computed while the answer is under way
+  if (Config::kEarlyTarget) {
+    target = partial_target(tile, piece.unit);
+    Computed().add(target);
+  }
+  if (piece.column >= 0) {
+    const Words mine = or_nan(canonical(own.x), tile.dead);
+    if (!tile.dead) peers.await(p.group, piece.row, phase);
+    Floats<Type> total = sum_over_ranks<Type, kWorld>(p.group.rank, peers.got, mine);
+    if (Config::kHasNorm) add<Type>(total, own.residual);
+    rounded = canonical(pack<Type>(total));
+    squares = sum_of_squares<Type>(total);
+  }
+  if (Config::kHasNorm) {
+    // First, because the peers need it before they can use the columns.
+    const unsigned word = canonical_word(bits_of(warp_sum(squares)));
+    if (!Config::kEarlyTarget) target = partial_target(tile, piece.unit);
+    if (target != nullptr) push_word(target, word);
+    if (thread_index() % kWarp == 0) {
+      shared.squares[piece.unit * kWorld + p.group.rank] = float_of(word);
+    }
+  }
+  if (piece.column >= 0) {
+    if (!tile.dead) {
+      push_to_peers<kWorld>(p.group, tile.gather_slot(piece.unit), rounded);
+      peers.empty();
+    }
+    void* sums = Config::kHasNorm ? p.residual_out : p.output.out;
+    store_words(static_cast<char*>(sums) + tile.place(piece), rounded);
+  }
+  return rounded;
+}
+
+// All units of this warp, of which `own` is the first.
+template <class Config>
+FW_DEVICE Kept reduce(const Tile<Config>& tile, TwoShotShared& shared, Own<Config> own) {
   Kept kept = {};
   for (int i = reducing_warp(); i < tile.own_units(); i += thread_count() / kWarp) {
-    const Piece piece = tile.own_piece(i);
-    const unsigned epoch = tile.epoch(piece.unit);
-    const bool first = i < thread_count() / kWarp;
-    if (first) kept.epoch = epoch;
-    float squares = 0.0f;
-    Words rounded = {};
-    Arrival<kWorld> peers;
-    if (piece.column >= 0) {
-      Words own = load_words(static_cast<const char*>(p.x) + tile.place(piece));
-      Words residual = {};
-      if (has_residual) {
-        residual = load_words(static_cast<const char*>(p.residual) + tile.place(piece));
-      }
-      if (first && Config::kOutput == Output::kNorm) kept.weight = weight_at(p, piece.column);
-      const unsigned phase = epoch % 2;
-      const long long unit = tile.global_unit(piece.unit);
-      peers.slot = p.group.slots + slot_offset<kWorld>(p.group, phase, unit, lane);
-      peers.ask();
-      own = or_nan(canonical(own), tile.dead);
-      if (!tile.dead) peers.await(p.group, piece.row, phase);
-      Floats<Type> total = sum_over_ranks<Type, kWorld>(p.group.rank, peers.got, own);
-      if (has_residual) add<Type>(total, residual);
-      rounded = canonical(pack<Type>(total));
-      if (!tile.dead) {
-        push_to_peers<kWorld>(p.group, slot_offset<kWorld>(p.group, kGatherPhase, unit, lane),
-                              rounded);
-      }
-      squares = sum_of_squares<Type>(total);
-      if (first) kept.sum = rounded;
+    const bool first = i == reducing_warp();
+    if (!first) {
+      own = Own<Config>(tile, i);
+      own.load();
+      own.load_rest(tile);
     }
-    if (Config::kHasNorm) send_squares(tile, shared, piece.unit, warp_sum(squares));
-    // What nobody waits for comes last.
-    if (piece.column >= 0) {
-      if (!tile.dead) peers.empty();
-      store_words(static_cast<char*>(sums) + tile.place(piece), rounded);
+    const Words rounded = reduce_unit(tile, shared, own);
+    if (Config::kOutput == Output::kNorm && !Config::kEarlyWeight && own.piece.column >= 0) {
+      own.weight = weight_at(tile.p, own.piece.column);
     }
+    if (first) kept = {rounded, own.weight};
+    if (Config::kOnePass) break;
   }
   return kept;
 }
@@ -131,66 +144,73 @@ FW_DEVICE void await_squares(const Tile<Config>& tile, TwoShotShared& shared) {
   for (int i = thread; i < tile.units() * kWorld; i += thread_count()) {
     const int unit = i / kWorld;
     const int source = i % kWorld;
-    if (source == p.group.rank && tile.owns(unit)) continue;
     unsigned word = tile.dead ? kSentinel : 0;
-    if (!tile.dead && tile.has_columns(unit, source)) {
-      const long long words = partial_offset<kWorld>(p.group, tile.global_unit(unit), tile.share);
-      char* slot = p.group.slots + words + source * 4;
+    const bool is_own = source == p.group.rank && tile.owns(unit);
+    if (!is_own && !tile.dead && tile.has_columns(unit, source)) {
+      char* slot = p.group.slots + source * 4 +
+                   partial_offset<kWorld>(p.group, tile.global_unit(unit), tile.share);
       word = await_word(p.group, slot, tile.first_row + unit / shard_units, source);
       push_word(slot, kSentinel);
     }
-    shared.squares[i] = float_of(word);
+    if (!is_own) shared.squares[i] = float_of(word);
+    if (Config::kOnePass) break;
   }
   block_barrier();  // all of shared.squares is written
 }
 
-// When nobody of the block reads the tile's epochs any more.
+// When nobody of the block reads the tile's epochs any more. `epoch` is that of the warp's first unit.
 template <class Config>
-FW_DEVICE void raise_epochs(const Tile<Config>& tile, const Kept& kept) {
-  const int warps = thread_count() / kWarp;
-  for (int i = reducing_warp(); i < tile.own_units(); i += warps) {
-    if (thread_index() % kWarp != 0) continue;
+FW_DEVICE void raise_epochs(const Tile<Config>& tile, unsigned epoch) {
+  if (thread_index() % kWarp != 0) return;
+  for (int i = reducing_warp(); i < tile.own_units(); i += thread_count() / kWarp) {
     const int unit = tile.own_unit(i);
-    const unsigned epoch = i < warps ? kept.epoch : tile.epoch(unit);
+    if (i != reducing_warp()) epoch = tile.epoch(unit);
     store_word(tile.p.group.epochs + tile.global_unit(unit), epoch + 1);
+    if (Config::kOnePass) break;
   }
 }
 
 // One tile from the first load to the last store of its sums and norms.
 template <class Config, class Skew>
 FW_DEVICE void run_tile(const Tile<Config>& tile, TwoShotShared& shared,
-                        const Scattered<Config>& first) {
+                        Scattered<Config>& first, Own<Config>& own) {
   constexpr bool kPlainNorm = Config::kOutput == Output::kNorm;
   const int warp = thread_index() / kWarp;
-  const int warps = thread_count() / kWarp;
   const int rank = tile.p.group.rank;
   Skew::before_push(rank, tile.first_row);
+  first.load();
+  own.load();
   first.send(tile);
-  for (int i = warp + warps * Config::kAhead; i < tile.peers_pieces();
-       i += warps * Config::kAhead) {
-    Scattered<Config>(tile, i).send(tile);
+  const int pieces = Config::kOnePass ? 0 : tile.peers_pieces();
+  const int at_once = thread_count() / kWarp * Config::kAhead;
+  for (int i = warp + at_once; i < pieces; i += at_once) {
+    Scattered<Config> more(tile, i);
+    more.load();
+    more.send(tile);
   }
+  own.load_rest(tile);
   Skew::before_take(rank, tile.first_row);
-  const Kept kept = reduce(tile, shared);
-  // The first vectors are asked for before the partial sums are awaited: one trip, not two.
+  const Kept kept = reduce(tile, shared, own);
+  // The first columns while nobody can have all partial sums yet.
   Gathered<Config> gathered;
   gathered.ask(tile, warp, kPlainNorm);
-  if (Config::kHasNorm) {
-    await_squares(tile, shared);
-    raise_epochs(tile, kept);
-  }
-  for (int i = warp; i < tile.peers_pieces(); i += warps * Config::kAhead) {
-    if (i != warp) gathered.ask(tile, i, kPlainNorm);
+  gathered.await(tile.p.group);
+  gathered.store_sums(tile);
+  if (Config::kHasNorm) await_squares(tile, shared);
+  if (kPlainNorm) gathered.store_norms(tile, shared);
+  for (int i = warp + at_once; i < pieces; i += at_once) {
+    gathered.ask(tile, i, kPlainNorm);
     gathered.await(tile.p.group);
-    gathered.write(tile, shared);
+    gathered.store_sums(tile);
+    if (kPlainNorm) gathered.store_norms(tile, shared);
   }
   if (kPlainNorm) {
-    write_own(tile, shared, kept.sum, kept.weight);
+    write_own(tile, shared, kept);
   } else if (Config::kHasNorm) {
     write_fp8(tile, shared);
   }
   block_barrier();  // nobody reads this tile's epochs or shared memory any more, and all have stored
-  if (!Config::kHasNorm) raise_epochs(tile, kept);
+  raise_epochs(tile, own.epoch);
 }
 
 template <class Config, class Skew = NoSkew>
@@ -200,16 +220,23 @@ FW_DEVICE void two_shot(const TwoShotParams& p, TwoShotShared& shared) {
   int number = block_index() / Config::kBlocks;  // there are no more workers than tiles
   Tile<Config> tile(p, number);
   Scattered<Config> first(tile, warp);
-  first.compute_now();
-  dependency_wait();  // by every thread, as in one_shot
+  Own<Config> own(tile, reducing_warp());
+  Computed addresses;
+  first.compute_now(addresses);
+  own.compute_now(addresses);
+  const unsigned* dead_copy = copy_of_dead(p.group);
+  addresses.add(dead_copy);
+  dependency_wait(addresses);  // by every thread, as in one_shot
   if (Config::kEarlyTrigger) dependents_launch();
-  tile.dead = is_dead(p.group);
+  tile.dead = is_dead(dead_copy);
   for (;;) {
-    run_tile<Config, Skew>(tile, shared, first);
+    run_tile<Config, Skew>(tile, shared, first, own);
+    if (Config::kOnePass) break;
     number += workers;
     tile.go_to(number);
     if (tile.rows <= 0) break;
     first = Scattered<Config>(tile, warp);
+    own = Own<Config>(tile, reducing_warp());
   }
   if (!Config::kEarlyTrigger) dependents_launch();
 }

@@ -32,21 +32,27 @@ FW_DEVICE Words norm_of(const Tile<Config>& tile, float scale, Words sum, Words 
   return pack<Type>(normalise<Type>(unpack<Type>(sum), scale, weight, tile.p.weight_bias));
 }
 
-// The norm of this rank's own columns. `sum` and `weight` are those of the warp's first unit as reduce()
-// had them; of further units each thread reads back what it stored.
+// What a warp keeps of its first unit from its sum to its norm; of further units it reads it back.
+struct Kept {
+  Words sum;     // this rank's rounded columns
+  Words weight;  // of these columns
+};
+
+// The norm of this rank's own columns.
 template <class Config>
-FW_DEVICE void write_own(const Tile<Config>& tile, const TwoShotShared& shared, Words sum,
-                         Words weight) {
+FW_DEVICE void write_own(const Tile<Config>& tile, const TwoShotShared& shared, Kept kept) {
   const TwoShotParams& p = tile.p;
   for (int i = reducing_warp(); i < tile.own_units(); i += thread_count() / kWarp) {
     const Piece piece = tile.own_piece(i);
-    if (piece.column < 0) continue;
-    if (i >= thread_count() / kWarp) {
-      sum = load_words(static_cast<const char*>(p.residual_out) + tile.place(piece));
-      weight = weight_at(p, piece.column);
+    if (piece.column >= 0) {
+      if (i != reducing_warp()) {
+        kept.sum = load_words(static_cast<const char*>(p.residual_out) + tile.place(piece));
+        kept.weight = weight_at(p, piece.column);
+      }
+      store_words(static_cast<char*>(p.output.out) + tile.place(piece),
+                  norm_of(tile, scale_of(tile, shared, piece.row), kept.sum, kept.weight));
     }
-    store_words(static_cast<char*>(p.output.out) + tile.place(piece),
-                norm_of(tile, scale_of(tile, shared, piece.row), sum, weight));
+    if (Config::kOnePass) break;
   }
 }
 

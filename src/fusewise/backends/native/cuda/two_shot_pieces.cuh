@@ -13,6 +13,9 @@ struct Scattered {
   Piece piece[Config::kAhead];
   const char* x[Config::kAhead];
   unsigned* epoch[Config::kAhead];
+  char* target[Config::kAhead];  // of phase 0
+  Words v[Config::kAhead];
+  unsigned phase[Config::kAhead];
 
   FW_DEVICE Scattered(const Tile<Config>& tile, int first) {
     FW_UNROLL
@@ -20,35 +23,76 @@ struct Scattered {
       piece[j] = tile.peers_piece(first + j * (thread_count() / kWarp));
       x[j] = static_cast<const char*>(tile.p.x) + tile.place(piece[j]);
       epoch[j] = tile.p.group.epochs + tile.global_unit(piece[j].unit);
+      target[j] = tile.p.group.peers[piece[j].peer] + tile.scatter_slot(piece[j].unit, 0);
     }
   }
 
-  FW_DEVICE void compute_now() {
+  FW_DEVICE void compute_now(Computed& addresses) {
     FW_UNROLL
     for (int j = 0; j < Config::kAhead; ++j) {
-      fusewise::compute_now(x[j]);
-      fusewise::compute_now(epoch[j]);
+      addresses.add(x[j]);
+      addresses.add(epoch[j]);
+      addresses.add(target[j]);
     }
   }
 
-  FW_DEVICE void send(const Tile<Config>& tile) const {
-    const GroupParams& group = tile.p.group;
-    Words v[Config::kAhead];
-    unsigned phase[Config::kAhead];
+  FW_DEVICE void load() {
     FW_UNROLL
     for (int j = 0; j < Config::kAhead; ++j) {
       if (piece[j].column < 0) continue;
       v[j] = load_words(x[j]);
       phase[j] = load_word(epoch[j]) % 2;
     }
+  }
+
+  FW_DEVICE void send(const Tile<Config>& tile) const {
     FW_UNROLL
     for (int j = 0; j < Config::kAhead; ++j) {
       if (piece[j].column < 0 || tile.dead) continue;
-      const long long unit = tile.global_unit(piece[j].unit);
-      const long long offset =
-          slot_offset<Config::kWorld>(group, phase[j], unit, thread_index() % kWarp);
-      push_words(group.peers[piece[j].peer] + offset, canonical(v[j]));
+      push_words(target[j] + phase[j] * kSourcesBytes<Config::kWorld>, canonical(v[j]));
     }
+  }
+};
+
+// A vector of this rank's own columns and what its sum and its norm need besides the peers' parts.
+template <class Config>
+struct Own {
+  Piece piece;
+  const char* x_at;
+  unsigned* epoch_at;  // null: the block has no such piece
+  unsigned epoch = 0;
+  Words x;
+  Words residual;
+  Words weight = {};
+
+  // Piece number `i` of this block's own columns.
+  FW_DEVICE Own(const Tile<Config>& tile, int i) {
+    const GroupParams& group = tile.p.group;
+    piece = tile.own_piece(i);
+    x_at = static_cast<const char*>(tile.p.x) + tile.place(piece);
+    epoch_at = i < tile.own_units() ? group.epochs + tile.global_unit(piece.unit) : nullptr;
+  }
+
+  FW_DEVICE void compute_now(Computed& addresses) {
+    addresses.add(x_at);
+    addresses.add(epoch_at);
+  }
+
+  // What the sum needs.
+  FW_DEVICE void load() {
+    if (epoch_at == nullptr) return;
+    epoch = load_word(epoch_at);
+    if (piece.column >= 0) x = load_words(x_at);
+  }
+
+  FW_DEVICE void load_rest(const Tile<Config>& tile) {
+    const TwoShotParams& p = tile.p;
+    if (epoch_at == nullptr || piece.column < 0) return;
+    residual = nothing_to_add<typename Config::Type>();
+    if (Config::kHasNorm && p.residual != nullptr) {
+      residual = load_words(static_cast<const char*>(p.residual) + tile.place(piece));
+    }
+    if (Config::kEarlyWeight) weight = weight_at(p, piece.column);
   }
 };
 
@@ -66,9 +110,8 @@ struct Gathered {
     FW_UNROLL
     for (int j = 0; j < Config::kAhead; ++j) {
       piece[j] = tile.peers_piece(first + j * (thread_count() / kWarp));
-      const long long unit = tile.global_unit(piece[j].unit);
       slot[j] = p.group.slots + dense(piece[j].owner, rank) * kUnitBytes +
-                slot_offset<Config::kWorld>(p.group, kGatherPhase, unit, thread_index() % kWarp);
+                tile.gather_slot(piece[j].unit);
       if (piece[j].column < 0 || tile.dead) slot[j] = nullptr;
       v[j] = slot[j] != nullptr ? peek_words(slot[j]) : empty_slot();
       weight[j] = Words{};
@@ -76,7 +119,9 @@ struct Gathered {
     }
   }
 
-  // Waits until every piece that has a slot is full; after a time-out the missing words are NaN.
+  // Waits until every piece that has a slot is full; after a time-out the missing words are NaN. Second
+  // to the warps that reduce: those know which rank is missing, while an owner's columns may be missing
+  // because it waits for that rank too.
   FW_DEVICE void await(const GroupParams& group) {
     Patience patience;
     int row;
@@ -95,22 +140,27 @@ struct Gathered {
         }
         if (row < 0) return;
       }
-    } while (!patience.is_over(group));
+    } while (!patience.is_over(group, true));
     give_up(group, row, kGatherPhase, owner);
   }
 
-  FW_DEVICE void write(const Tile<Config>& tile, const TwoShotShared& shared) {
-    const TwoShotParams& p = tile.p;
-    void* sums = Config::kHasNorm ? p.residual_out : p.output.out;
+  // Empties the slots and stores the sums.
+  FW_DEVICE void store_sums(const Tile<Config>& tile) const {
+    void* sums = Config::kHasNorm ? tile.p.residual_out : tile.p.output.out;
     FW_UNROLL
     for (int j = 0; j < Config::kAhead; ++j) {
       if (piece[j].column < 0) continue;
       if (slot[j] != nullptr) push_words(slot[j], empty_slot());
       store_words(static_cast<char*>(sums) + tile.place(piece[j]), v[j]);
-      if (Config::kOutput == Output::kNorm) {
-        store_words(static_cast<char*>(p.output.out) + tile.place(piece[j]),
-                    norm_of(tile, scale_of(tile, shared, piece[j].row), v[j], weight[j]));
-      }
+    }
+  }
+
+  FW_DEVICE void store_norms(const Tile<Config>& tile, const TwoShotShared& shared) const {
+    FW_UNROLL
+    for (int j = 0; j < Config::kAhead; ++j) {
+      if (piece[j].column < 0) continue;
+      store_words(static_cast<char*>(tile.p.output.out) + tile.place(piece[j]),
+                  norm_of(tile, scale_of(tile, shared, piece[j].row), v[j], weight[j]));
     }
   }
 };

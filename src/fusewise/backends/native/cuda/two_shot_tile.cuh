@@ -17,25 +17,25 @@ constexpr int kPartialPhase = 3;
 
 // Mirrored in params.py; tensors as in OneShotParams.
 struct TwoShotParams {
-  GroupParams group;
-  OutputParams output;
   const void* x;
+  int num_tokens;
+  int rows_per_tile;
+  GroupParams group;
   const void* residual;
   const void* weight;
   void* residual_out;
-  int num_tokens;
-  int row_vectors;
-  int shard_vectors;  // ceil(row_vectors / world): columns of rank r begin at r * shard_vectors
-  int shard_units;    // ceil(shard_vectors / 32)
-  int rows_per_tile;
   float inverse_hidden_size;
   float eps;
   float weight_bias;
+  int row_vectors;
+  OutputParams output;
+  int shard_vectors;  // ceil(row_vectors / world): columns of rank r begin at r * shard_vectors
+  int shard_units;    // ceil(shard_vectors / 32)
 };
 
 // What is compiled, as OneShotConfig.
 template <class Type_, int kWorld_, int kAhead_, int kBlocks_, Output kOutput_,
-          bool kEarlyTrigger_, int kRowVectors_ = 0>
+          bool kEarlyTrigger_, bool kOnePass_ = false, int kRowVectors_ = 0>
 struct TwoShotConfig {
   using Type = Type_;
   static constexpr int kWorld = kWorld_;
@@ -44,7 +44,12 @@ struct TwoShotConfig {
   static constexpr int kBlocks = kBlocks_;  // that share a tile, each its units
   static constexpr Output kOutput = kOutput_;
   static constexpr bool kEarlyTrigger = kEarlyTrigger_;
+  // Every worker has one tile, and no warp has more pieces in it than it has under way at once.
+  static constexpr bool kOnePass = kOnePass_;
   static constexpr bool kHasNorm = kOutput != Output::kSum;
+  // Whether there are registers for what is needed after the wait only.
+  static constexpr bool kEarlyWeight = kOutput == Output::kNorm && kWorld < 8;
+  static constexpr bool kEarlyTarget = kHasNorm && kAhead == 1;
   static_assert(kBlocks <= kMaxTileBlocks && kBlocks * kWorld <= kWarp, "a lane sends each word");
   static_assert(kBlocks == 1 || kOutput == Output::kNorm || kOutput == Output::kSum,
                 "an FP8 output looks at whole rows");
@@ -74,6 +79,22 @@ struct Piece {
   int unit;    // within the tile
   int column;  // this lane's vector in the row; -1: none
 };
+
+// Where the gathered vectors of a unit arrive: behind all of the scatter's slots.
+template <int kWorld>
+FW_DEVICE unsigned long long gather_offset(const GroupParams& group, unsigned unit) {
+  const unsigned long long behind = 2ull * group.unit_capacity + unit;
+  return behind * kSourcesBytes<kWorld>;
+}
+
+// Where the partial sums of a unit arrive, behind the vectors: for each block that may share a tile a
+// word per source, this rank among them.
+template <int kWorld>
+FW_DEVICE unsigned long long partial_offset(const GroupParams& group, unsigned unit, int block) {
+  const unsigned long long vectors = gather_offset<kWorld>(group, group.unit_capacity);
+  const unsigned word = (unit * kMaxTileBlocks + block) * kWorld;
+  return vectors + static_cast<unsigned long long>(word) * 4;
+}
 
 template <class Config>
 struct Tile {
@@ -137,13 +158,25 @@ struct Tile {
     return load_word(p.group.epochs + global_unit(unit));
   }
 
-  FW_DEVICE long long global_unit(int unit) const {
-    return static_cast<long long>(first_row) * Config::shard_units(p) + unit;
+  FW_DEVICE unsigned global_unit(int unit) const {
+    return first_row * Config::shard_units(p) + unit;
   }
 
-  FW_DEVICE long long place(const Piece& piece) const {
-    return (static_cast<long long>(piece.row) * Config::row_vectors(p) + piece.column) *
-           kVectorBytes;
+  // Behind a rank's slots: this lane's vector of a unit, of the first source.
+  FW_DEVICE unsigned long long scatter_slot(int unit, unsigned phase) const {
+    return slot_offset<Config::kWorld>(global_unit(unit), thread_index() % kWarp) +
+           phase * kSourcesBytes<Config::kWorld>;
+  }
+
+  FW_DEVICE unsigned long long gather_slot(int unit) const {
+    return gather_offset<Config::kWorld>(p.group, global_unit(unit)) +
+           thread_index() % kWarp * kVectorBytes;
+  }
+
+  // Bytes into a tensor of the message's shape.
+  FW_DEVICE unsigned long long place(const Piece& piece) const {
+    const unsigned vector = piece.row * Config::row_vectors(p) + piece.column;
+    return static_cast<unsigned long long>(vector) * kVectorBytes;
   }
 };
 
@@ -153,14 +186,6 @@ FW_DEVICE int reducing_warp() { return thread_count() / kWarp - 1 - thread_index
 
 // A rank's number among the peers of another.
 FW_DEVICE int dense(int source, int owner) { return source - (source > owner ? 1 : 0); }
-
-// Where the partial sums of a unit arrive behind a rank's slots, behind the vectors: for each block that
-// may share a tile a word per source, this rank among them.
-template <int kWorld>
-FW_DEVICE long long partial_offset(const GroupParams& group, long long unit, int block) {
-  return 3 * group.unit_capacity * kUnitBytes * (kWorld - 1) +
-         (unit * kMaxTileBlocks + block) * kWorld * 4;
-}
 
 }  // namespace fusewise
 

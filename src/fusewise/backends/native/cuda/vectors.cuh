@@ -78,10 +78,10 @@ FW_DEVICE void add(Floats<Type>& sum, Words words) {
 
 template <class Type>
 FW_DEVICE float sum_of_squares(const Floats<Type>& v) {
-  float sum = 0.0f;
+  float part[4] = {};  // side by side
   FW_UNROLL
-  for (int i = 0; i < Floats<Type>::kCount; ++i) sum += v.at[i] * v.at[i];
-  return sum;
+  for (int i = 0; i < Floats<Type>::kCount; ++i) part[i % 4] += v.at[i] * v.at[i];
+  return (part[0] + part[1]) + (part[2] + part[3]);
 }
 
 // v * scale * (weight + bias), in this order, as the unfused kernel of this package computes it.
