@@ -43,15 +43,19 @@ def test_single_points_the_floor_and_the_second_trip() -> None:
     rows = [
         row(shipped, 2, 2.2, 0.7),
         row(shipped, 64, 4.0, 0.76),
-        row("native.one_shot:early", 2, 1.9, 0.6),  # the floor has the early trigger too
+        row("native.one_shot:early", 2, 1.9, 0.6),  # each of the floor that triggers like it
         row("flashinfer.one_shot:early", 64, 3.9, 1.0),
         row("exchange", 2, 1.5, 0.5),
+        row("exchange:late", 2, 1.6, 0.6),
         row(shipped, 2, 3.0, 0.6, world_size=4),
         row("native.two_shot", 2, 4.1, 0.8, world_size=4),
     ]
     assert line(rows, "chain, 2 ranks, worst point").endswith("0.76 (≤ 0.75) NO")
     assert line(rows, "chain, 2 ranks, worst of FlashInfer's").endswith("1.03 (≤ 1.00) NO")
-    assert line(rows, "chain, 2 ranks, 2 x 2048, of the floor").endswith("1.27 (≤ 1.30) yes")
+    early = line(rows, "chain, 2 ranks, 2 x 2048, native.one_shot:early of exchange, 1.50 µs")
+    assert early.endswith("1.27 (≤ 1.30) yes")
+    late = line(rows, "chain, 2 ranks, 2 x 2048, native.one_shot of exchange:late, 1.60 µs")
+    assert late.endswith("1.38 (≤ 1.30) NO")
     assert line(rows, "chain, 4 ranks, two-shot over one-shot").endswith("1.10 (≤ 1.20) yes")
 
 
