@@ -5,12 +5,12 @@ from __future__ import annotations
 import logging
 import os
 from functools import cache
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
 
-from fusewise import Communicator, Shape
+from fusewise import Communicator, Fp8, Shape
 from fusewise.errors import FusewiseError
 from tests.nodes import node_profile
 from tests.ranks import run_ranks
@@ -56,6 +56,12 @@ def _said(rank: int) -> dict[str, Any]:
         calls = (lambda: comm.all_reduce(x), lambda: comm.all_reduce_rms_norm(x, None, weight))
         found["operations"] = _error(calls[rank])
         found["eps"] = _error(lambda: comm.all_reduce_rms_norm(x, None, weight, eps=1e-5 * rank))
+        norm = torch.ops.fusewise.all_reduce_rms_norm
+        eps = 1e-5 * rank
+        found["eps of operator"] = _error(lambda: norm(x, None, weight, eps, 0.0, comm.handle))
+        scalings: tuple[Literal["group", "token"], ...] = "group", "token"
+        fp8 = Fp8(scalings[rank])
+        found["scaling"] = _error(lambda: comm.all_reduce_rms_norm(x, None, weight, fp8=fp8))
         found["right"] = bool((comm.all_reduce(x) == 2).all())
         found["operator"] = bool((torch.ops.fusewise.all_reduce(x, comm.handle) == 2).all())
         compiled = torch.compile(comm.all_reduce, backend="eager", fullgraph=True)
@@ -99,12 +105,17 @@ def test_an_unknown_operation_is_refused_and_a_short_dtype_understood() -> None:
 @pytest.mark.parametrize(
     ("case", "text"),
     [
-        ("shapes", "rank 0: ['all_reduce', '[4, 64] bfloat16']; rank 1: ['all_reduce', '[3, 64]"),
+        (
+            "shapes",
+            "rank 0: ['all_reduce', 'x=[4, 64] bfloat16']; rank 1: ['all_reduce', 'x=[3, 64]",
+        ),
         (
             "operations",
-            "rank 0: ['all_reduce', '[4, 64] bfloat16']; rank 1: ['all_reduce_rms_norm'",
+            "rank 0: ['all_reduce', 'x=[4, 64] bfloat16']; rank 1: ['all_reduce_rms_norm'",
         ),
         ("eps", "eps=1e-05"),
+        ("eps of operator", "eps=1e-05"),
+        ("scaling", "fp8=Fp8(scaling='group'"),
         ("one only", "FUSEWISE_DEBUG"),
     ],
 )

@@ -60,13 +60,13 @@ def _run(rank: int, compiled: Any, communicator: Any) -> dict[str, Any]:
     from torch._dynamo.utils import counters
 
     counters.clear()
-    run, calls = communicator.all_reduce_rms_norm, []
+    run, calls = communicator.untraced_norm, []
 
     def counted(*args: Any) -> Any:
         calls.append(args)
         return run(*args)
 
-    communicator.all_reduce_rms_norm = counted
+    communicator.untraced_norm = counted
     x = torch.randn(TOKENS, H, generator=torch.Generator().manual_seed(rank))
     r, w = torch.ones(TOKENS, H), torch.full((H,), 0.5)
     with torch.no_grad():

@@ -168,7 +168,7 @@ class Communicator:
             InputError: shapes, dtypes or devices do not fit together, or the scale not ``fp8``.
         """
         if fp8 is not None:
-            return self._quantised(x, residual, weight, eps, weight_bias, fp8, static_scale)
+            return self.quantised_norm(x, residual, weight, eps, weight_bias, fp8, static_scale)
         if static_scale is not None:
             raise InputError("a static_scale without fp8", expected="fp8=Fp8('static')")
         if is_compiling():
@@ -176,6 +176,12 @@ class Communicator:
                 x, residual, weight, eps, weight_bias, self._name_in_graph()
             )
             return both
+        return self.untraced_norm(x, residual, weight, eps, weight_bias)
+
+    def untraced_norm(
+        self, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, weight_bias: float
+    ) -> tuple[Tensor, Tensor]:
+        """``all_reduce_rms_norm`` where nothing is traced: the operator's kernel too."""
         bare, biased = residual is None, weight_bias != 0.0
         latest = self._runs.latest[2 * bare + biased]
         if latest.seen(x, weight) if bare else latest.seen(x, weight, residual):
@@ -208,7 +214,7 @@ class Communicator:
             out, total = run.call(rows, residual, weight, eps, weight_bias)
         return (out, total) if x.ndim == ROWS else (out.view(shape), total.view(shape))
 
-    def _quantised(
+    def quantised_norm(
         self,
         x: Tensor,
         residual: Tensor | None,

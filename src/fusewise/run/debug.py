@@ -10,6 +10,7 @@ them, at the price of a round through the store per call. Never changes a result
 from __future__ import annotations
 
 import functools
+import inspect
 import os
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -22,6 +23,12 @@ if TYPE_CHECKING:
     from fusewise.run.communicator import Communicator
 
 SWITCH = "FUSEWISE_DEBUG"
+# What every call comes through, eager or from a graph, and what errors call it.
+_COMPARED = {
+    "all_reduce": "all_reduce",
+    "untraced_norm": "all_reduce_rms_norm",
+    "quantised_norm": "all_reduce_rms_norm with fp8",
+}
 Call = TypeVar("Call", bound=Callable[..., Any])
 
 
@@ -49,19 +56,19 @@ def compare_calls(communicator: Communicator, environ: Mapping[str, str] = os.en
     on = text == "1"
     communicator.group.agree(SWITCH, on)
     if on and communicator.group.world_size > 1:
-        for name in ("all_reduce", "all_reduce_rms_norm"):
-            setattr(communicator, name, _compared(communicator, getattr(communicator, name)))
+        for name, shown in _COMPARED.items():
+            call = _compared(communicator, shown, getattr(communicator, name))
+            setattr(communicator, name, call)
 
 
-def _compared(communicator: Communicator, call: Call) -> Call:
+def _compared(communicator: Communicator, shown: str, call: Call) -> Call:
+    names = list(inspect.signature(call).parameters)
+
     @functools.wraps(call)
     def run(*given: Any, **named: Any) -> Any:
         if not torch.compiler.is_compiling():  # a graph's operators come here when they run
-            told = [
-                call.__name__,
-                *map(_told, given),
-                *(f"{k}={_told(v)}" for k, v in named.items()),
-            ]
+            arguments = dict(zip(names, given, strict=False)) | named
+            told = [shown, *(f"{name}={_told(value)}" for name, value in arguments.items())]
             communicator.group.agree("a call (FUSEWISE_DEBUG=1)", told)
         return call(*given, **named)
 

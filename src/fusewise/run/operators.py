@@ -28,9 +28,11 @@ _library: Any = torch.library.Library("fusewise", "DEF")  # type: ignore[no-unty
 
 
 def _operator(name: str, schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -> None:
-    """One operator: a kernel for every device, and a fake one for tracing."""
+    """One operator: a kernel for every device, and a fake one for tracing. Autograd is passed by:
+    what it would do for an operator without a gradient, both kernels do by refusing."""
     _library.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
     _library.impl(name, kernel, "CompositeExplicitAutograd")
+    _library.impl(name, torch.library.fallthrough_kernel, "Autograd")
     torch.library.register_fake(f"fusewise::{name}", fake, lib=_library)
 
 
@@ -46,7 +48,7 @@ def _fake_all_reduce(x: Tensor, group: str) -> Tensor:
 def _all_reduce_rms_norm(
     x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, weight_bias: float, group: str
 ) -> tuple[Tensor, Tensor]:
-    return communicator_for(group).all_reduce_rms_norm(x, residual, weight, eps, weight_bias)
+    return communicator_for(group).untraced_norm(x, residual, weight, eps, weight_bias)
 
 
 def _fake_all_reduce_rms_norm(

@@ -71,8 +71,7 @@ def communicator_for(name: str) -> Communicator:
         UnavailableError: none is open for that group.
     """
     known = _by_name.get(name)
-    found = None if known is None else known()
-    if found is not None:
+    if known is not None and (found := known()) is not None:
         return found
     for turn in reversed(_turns.get(name.rpartition(_MARK)[0] or name, [])):
         latest = turn()
