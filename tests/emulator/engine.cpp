@@ -71,7 +71,7 @@ bool Engine::sleeps(Fiber* fiber) {
   const long until = std::max(rank.asleep_until, ended ? 0 : fiber->block->asleep_until);
   if (step < std::max(until, fiber->asleep_until)) return true;
   if (!random.chance(kSleep)) return false;
-  const long end = step + random.below(kLongestSleep[random.below(3)]);
+  const long end = step + random.below(kLongestSleep[random.below(3)] / calm);
   switch (random.below(3)) {
     case 0: rank.asleep_until = end; break;
     case 1: (ended ? fiber->asleep_until : fiber->block->asleep_until) = end; break;
@@ -182,7 +182,7 @@ void Engine::meet(Meeting& meeting, int kind, Block* const* blocks, int block_co
   for (int i = 0; i < block_count; ++i) {
     for (int j = first; j < first + count; ++j) {
       Fiber* fiber = blocks[i]->fibers[j];
-      if (random.chance(kStraggler)) fiber->asleep_until = step + random.below(kLongestDawdle);
+      if (random.chance(kStraggler)) fiber->asleep_until = step + random.below(kLongestDawdle / calm);
       wake(fiber);
     }
   }

@@ -146,6 +146,7 @@ class Engine {
   Fiber* current = nullptr;
   long step = 0;
   Random random;
+  int calm = 1;  // how many times shorter sleeps are
 
  private:
   Block* block_of_cluster(int number);

@@ -35,6 +35,8 @@ void emulator_close() {
   delete emulator::engine;
   emulator::engine = nullptr;
 }
+// Sleeps are that many times shorter.
+void emulator_calm(int factor) { emulator::engine->calm = factor; }
 void emulator_slots(int rank, char* begin, long long bytes) {
   emulator::Rank& owner = emulator::engine->ranks[rank];
   owner.slots_begin = begin;

@@ -116,6 +116,10 @@ class VirtualGroup:
     def close(self) -> None:
         self.library.emulator_close()
 
+    def calm(self, factor: int) -> None:
+        """Makes all sleeps that many times shorter, so that ranks keep nearly in step."""
+        self.library.emulator_calm(factor)
+
     def kill(self, rank: int, after: int) -> None:
         """The rank makes no step any more, and none of its stores lands, ``after`` so many."""
         self.library.emulator_kill(rank, ctypes.c_long(after))

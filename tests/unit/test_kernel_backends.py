@@ -120,6 +120,16 @@ def test_one_shot_stops_where_staging_outgrows_it(
     assert backend.admits(Shape(2 * tokens, 2048)) is not None
 
 
+def test_two_shot_stops_where_a_row_outgrows_shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    Host(monkeypatch, 4)
+    Driver(monkeypatch)
+    widest = 4 * 256 * 32 * 8  # ranks, units, vectors, elements
+    backend = TwoShot(MirrorGroup(4), Shape(2, widest))  # type: ignore[arg-type]
+    assert backend.admits(Shape(1, widest)) is None
+    found = backend.admits(Shape(1, widest + 8))
+    assert found == "257 units of a rank's columns in a row, the kernel takes 256"
+
+
 def test_after_a_time_out_every_call_says_who_was_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     backend, _ = built(monkeypatch)
     backend.all_reduce(rows())

@@ -178,6 +178,7 @@ def test_a_tile_fits_its_shared_memory(hidden_size: int, world_size: int) -> Non
 
 def test_constants_agree_with_the_sources() -> None:
     assert constant("two_shot_tile.cuh", "kMaxTileRows") == variants.MAX_TILE_ROWS
+    assert constant("two_shot_tile.cuh", "kMaxTileUnits") == variants.MAX_TILE_UNITS
     assert constant("two_shot_tile.cuh", "kMaxTileBlocks") == compiled.MAX_BLOCKS
     assert constant("slots.cuh", "kWarp") * constant("slots.cuh", "kVectorBytes") == 512
     assert constant("slots.cuh", "kMaxRanks") == max(compiled.WORLD_SIZES)

@@ -11,16 +11,22 @@ from typing import TYPE_CHECKING, ClassVar
 from fusewise.backends.native.backend import NativeBackend
 from fusewise.backends.native.cuda.params import GroupParams
 from fusewise.backends.native.cuda.prepare import one_shot, two_shot
-from fusewise.backends.native.instance import VECTOR_BYTES, WORLD_SIZES, Kernel, vectors_per_row
-from fusewise.backends.native.variants import candidates, widest_row
-from fusewise.backends.native.workspace import SlotLayout
+from fusewise.backends.native.instance import (
+    VECTOR_BYTES,
+    WORLD_SIZES,
+    Kernel,
+    units_per_row,
+    vectors_per_row,
+)
+from fusewise.backends.native.variants import MAX_TILE_UNITS, candidates, widest_row
+from fusewise.backends.native.workspace import SlotLayout, shard_vectors
 from fusewise.shape import Shape
 
 if TYPE_CHECKING:
     from fusewise.operation import Op
 
 # One-shot stages (world_size - 1) copies of a message twice; at 8 ranks 4 MiB are 56 MiB of slots.
-# Far above the sizes at which two-shot takes over (docs/kernels.md: near 260 KB and 75 KB).
+# Far above the sizes at which two-shot takes over (docs/kernels.md: near 165 KB and 47 KB).
 _ONE_SHOT_MAX_BYTES = {2: 2**62, 4: 16 * 2**20, 8: 4 * 2**20}
 
 
@@ -74,3 +80,9 @@ class TwoShot(_Varied):
 
     def _layout(self, shape: Shape) -> SlotLayout:
         return SlotLayout.two_shot(shape, self.group.world_size)
+
+    def admits(self, shape: Shape) -> str | None:
+        units = units_per_row(shard_vectors(shape, self.group.world_size))
+        if units > MAX_TILE_UNITS:
+            return f"{units} units of a rank's columns in a row, the kernel takes {MAX_TILE_UNITS}"
+        return super().admits(shape)

@@ -32,6 +32,7 @@ _TWO_SHOT_THREADS = 512  # 128 registers each: eight ranks' vectors fit without 
 # of the 132 SMs of H100 and H200. A constant, because tiles must be equal on all ranks.
 _BUSY_BLOCKS = 264
 MAX_TILE_ROWS = 16  # kMaxTileRows in two_shot_tile.cuh
+MAX_TILE_UNITS = 256  # kMaxTileUnits there
 # Of two ranks: a row's vectors from which a thread has two, unless four blocks share it. On two
 # H100s (benchmarks/results/two_gpus) one was faster for 512 vectors, two for many rows of 896. Of
 # four and eight ranks, which were only virtual, one was never slower.

@@ -126,15 +126,15 @@ FW_DEVICE unsigned await_word(const GroupParams& group, const char* slot, int ro
       const unsigned word = peek_word(slot);
       if (word != kSentinel) return word;
     }
-  } while (!patience.is_over(group) || (source == group.rank && peek_word(group.dead) == 0));
+  } while (!patience.is_over(group, true) || (source == group.rank && peek_word(group.dead) == 0));
   give_up(group, row, kPartialPhase, source);
   return kSentinel;
 }
 
 // Waits for the partial sums that this block has not made, a thread each; afterwards all are in shared
-// memory, where every thread adds those of its row: every rank the same words in the same order. By the
-// warps that reduced: a peer owes no word before it has all ranks' columns, and whoever waits in vain
-// should name the rank that is missing, not one that waits for it too.
+// memory, where every thread adds those of its row: every rank the same words in the same order. First
+// by the warps that reduced, because a peer owes no word before it has all ranks' columns; second to
+// whoever waits for those, as Gathered is.
 template <class Config>
 FW_DEVICE void await_squares(const Tile<Config>& tile, TwoShotShared& shared) {
   constexpr int kWorld = Config::kWorld;

@@ -159,7 +159,7 @@ struct Tile {
   }
 
   FW_DEVICE unsigned global_unit(int unit) const {
-    return first_row * Config::shard_units(p) + unit;
+    return static_cast<unsigned>(first_row) * Config::shard_units(p) + unit;
   }
 
   // Behind a rank's slots: this lane's vector of a unit, of the first source.
@@ -175,7 +175,8 @@ struct Tile {
 
   // Bytes into a tensor of the message's shape.
   FW_DEVICE unsigned long long place(const Piece& piece) const {
-    const unsigned vector = piece.row * Config::row_vectors(p) + piece.column;
+    const unsigned vector =
+        static_cast<unsigned>(piece.row) * Config::row_vectors(p) + piece.column;
     return static_cast<unsigned long long>(vector) * kVectorBytes;
   }
 };
