@@ -25,7 +25,7 @@ pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 WIDTHS = {4: 1024, 8: 9216}
 LAUNCHES = {w: LaunchShape.two_shot(Shape(1, h), w, 90, "kNorm") for w, h in WIDTHS.items()}
 INSTANCES = [launch.instance for launch in LAUNCHES.values()]
-TIMEOUT = {4: 1_000_000, 8: 3_000_000}  # steps: ranks begin apart, and a quarter of it must tell
+TIMEOUT = {4: 1_000_000, 8: 2_000_000}  # steps: ranks begin apart, and a quarter of it must tell
 SECOND, FIRST = "is_over(group, true)", "is_over(group)"
 # What must wait longer: file, and at how many ranks it shows when it does not.
 MUTANTS = {"columns": ("two_shot_pieces.cuh", 4), "sums": ("two_shot.cuh", 8)}
@@ -65,7 +65,7 @@ def named(library: ctypes.CDLL, world_size: int, seed: int) -> tuple[int, set[in
 
 def test_the_missing_rank_is_named_by_all(tmp_path: Path) -> None:
     library = built(tmp_path)
-    for world_size, seed in ((4, 0), (4, 1), (4, 2), (8, 0), (8, 1)):
+    for world_size, seed in ((4, 0), (4, 1), (4, 2), (8, 0)):
         missing, by_others = named(library, world_size, seed)
         assert by_others == {missing}
 
@@ -73,5 +73,5 @@ def test_the_missing_rank_is_named_by_all(tmp_path: Path) -> None:
 @pytest.mark.parametrize("mutant", MUTANTS)
 def test_who_cannot_know_must_wait_longer(mutant: str, tmp_path: Path) -> None:
     library, world_size = built(tmp_path, mutant), MUTANTS[mutant][1]
-    answers = [named(library, world_size, seed) for seed in range(3)]
+    answers = [named(library, world_size, seed) for seed in range(2)]
     assert any(by_others != {missing} for missing, by_others in answers)
