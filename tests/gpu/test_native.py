@@ -225,11 +225,15 @@ def test_a_rank_that_cannot_allocate_fails_all_and_they_recover() -> None:
 
 
 def _memory(rank: int) -> int:
-    """Bytes that ten builds and closes leave behind on the device."""
-    before = _free_bytes(_backend())
-    for _ in range(9):
-        _backend().close()
-    return before - _free_bytes(_backend())
+    """Bytes that ten builds and closes leave behind on the device, the least of three times: what
+    others take meanwhile, such as tests beside this one, looks the same."""
+    kept = []
+    for _ in range(3):
+        before = _free_bytes(_backend())
+        for _ in range(9):
+            _backend().close()
+        kept.append(before - _free_bytes(_backend()))
+    return min(kept)
 
 
 def _free_bytes(backend: Any) -> int:
