@@ -74,7 +74,7 @@ struct RowPart {
   char* slot[kVectors];           // of phase 0, as are the peers'
   char* peers[kVectors][kPeers];  // where this rank's vector goes
 
-  FW_DEVICE RowPart(const OneShotParams& p, int row) {
+  FW_DEVICE RowPart(const OneShotParams& p, unsigned row) {
     const int row_vectors = Config::row_vectors(p);
     FW_UNROLL
     for (int i = 0; i < kVectors; ++i) {
@@ -85,10 +85,9 @@ struct RowPart {
       used[i] = columns - row_vectors < kWarp || column_here - lane < row_vectors;
       is_copy[i] = columns != row_vectors && column_here >= row_vectors;
       column[i] = is_copy[i] ? row_vectors - 1 : column_here;
-      const unsigned row_number = row;
-      const unsigned unit = row_number * Config::row_units(p) + column[i] / kWarp;
+      const unsigned unit = row * Config::row_units(p) + column[i] / kWarp;
       const unsigned long long offset = slot_offset<Config::kWorld>(unit, column[i] % kWarp);
-      const unsigned vector = row_number * row_vectors + column[i];
+      const unsigned vector = row * row_vectors + column[i];
       place[i] = static_cast<unsigned long long>(vector) * kVectorBytes;
       x[i] = static_cast<const char*>(p.x) + place[i];
       epoch[i] = p.group.epochs + unit;

@@ -193,13 +193,13 @@ FW_DEVICE void run_tile(const Tile<Config>& tile, TwoShotShared& shared,
   const Kept kept = reduce(tile, shared, own);
   // The first columns while nobody can have all partial sums yet.
   Gathered<Config> gathered;
-  gathered.ask(tile, warp, kPlainNorm);
+  gathered.ask(tile, warp);
   gathered.await(tile.p.group);
   gathered.store_sums(tile);
   if (Config::kHasNorm) await_squares(tile, shared);
   if (kPlainNorm) gathered.store_norms(tile, shared);
   for (int i = warp + at_once; i < pieces; i += at_once) {
-    gathered.ask(tile, i, kPlainNorm);
+    gathered.ask(tile, i);
     gathered.await(tile.p.group);
     gathered.store_sums(tile);
     if (kPlainNorm) gathered.store_norms(tile, shared);

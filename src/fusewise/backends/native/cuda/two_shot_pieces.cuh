@@ -104,7 +104,7 @@ struct Gathered {
   Words v[Config::kAhead];
   Words weight[Config::kAhead];
 
-  FW_DEVICE void ask(const Tile<Config>& tile, int first, bool with_weight) {
+  FW_DEVICE void ask(const Tile<Config>& tile, int first) {
     const TwoShotParams& p = tile.p;
     const int rank = p.group.rank;
     FW_UNROLL
@@ -115,7 +115,9 @@ struct Gathered {
       if (piece[j].column < 0 || tile.dead) slot[j] = nullptr;
       v[j] = slot[j] != nullptr ? peek_words(slot[j]) : empty_slot();
       weight[j] = Words{};
-      if (with_weight && piece[j].column >= 0) weight[j] = weight_at(p, piece[j].column);
+      if (Config::kOutput == Output::kNorm && piece[j].column >= 0) {
+        weight[j] = weight_at(p, piece[j].column);
+      }
     }
   }
 
