@@ -82,7 +82,8 @@ def test_few_rows_are_spread_over_blocks(
         (66, 8192, "kSum", 2),
         (67, 8192, "kSum", 1),
         (1, 3584, "kNorm", 2),
-        (1, 3576, "kNorm", 1),
+        (1, 3576, "kNorm", 2),  # four units: two each
+        (1, 2880, "kNorm", 1),  # three units
         (1, 8192, "kTokenFp8", 1),  # looks at whole rows
     ],
 )
@@ -92,6 +93,17 @@ def test_few_tiles_are_spread_over_blocks(
     launch = LaunchShape.two_shot(Shape(num_tokens, hidden_size), 4, 90, output)
     assert (launch.instance.blocks, launch.instance.cluster) == (blocks, 1)
     assert launch.grid(7) == 7 * blocks or num_tokens < 7
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "hidden_size", "blocks"),
+    [(66, 2880, 2), (67, 2880, 1), (1, 2872, 1)],  # two units of each owner
+)
+def test_blocks_may_have_less_where_they_share_evenly(
+    num_tokens: int, hidden_size: int, blocks: int
+) -> None:
+    shape = Shape(num_tokens, hidden_size)
+    assert LaunchShape.two_shot(shape, 8, 90, "kNorm").instance.blocks == blocks
 
 
 @pytest.mark.parametrize(

@@ -41,7 +41,9 @@ _TWO_VECTORS_FROM = 513
 # alone. (blocks of the launch, vectors of a row for each of its blocks): up to so many with at
 # least so many. One-shot's are from two H100s: four blocks for each of 146 wide rows were a tenth
 # ahead of two, and far behind at twice as many. Two-shot's fit a block on each of 132
-# multiprocessors.
+# multiprocessors; with fewer vectors for each they pay only where
+# they divide the shard's units (benchmarks/results/one_gpu/virtual_node_blocks.json).
+_EVEN_SHARE = 180
 _SPREAD: dict[Kernel, tuple[tuple[int, int], ...]] = {
     "one_shot": ((300, 128), (600, 224)),
     "two_shot": ((132, 224),),
@@ -172,7 +174,8 @@ class LaunchShape:
         most = max(1, min(_TWO_SHOT_THREADS // WARP // shard_units, MAX_TILE_ROWS))
         rows = min(max(1, variant.rows_per_tile or shape.num_tokens // _BUSY_BLOCKS), most)
         units = rows * shard_units
-        blocks = variant.blocks or _spread("two_shot", shape)
+        even = ((132, _EVEN_SHARE),) if shard_units % 2 == 0 else ()
+        blocks = variant.blocks or _spread("two_shot", shape) or _spread_over(2, even, shape) or 1
         blocks = 1 if output.endswith("Fp8") else min(blocks, units)
         own_units = -(-units // blocks)
         pieces = own_units * (world_size - 1)
@@ -215,12 +218,19 @@ def widest_row(world_size: int, sm: int) -> int:
 
 
 def _spread(kernel: Kernel, shape: Shape) -> int:
-    """Blocks that share a row because rows are few: a power of two."""
-    for blocks in (MAX_BLOCKS, 2):
-        for most, least in _SPREAD[kernel]:
-            if shape.num_tokens * blocks <= most and vectors_per_row(shape) >= blocks * least:
-                return blocks
-    return 1
+    """Blocks that share a row because rows are few, a power of two; 0 where one block has it."""
+    limits = _SPREAD[kernel]
+    return _spread_over(MAX_BLOCKS, limits, shape) or _spread_over(2, limits, shape)
+
+
+def _spread_over(blocks: int, limits: tuple[tuple[int, int], ...], shape: Shape) -> int:
+    """``blocks`` if one of the limits allows as many, else 0."""
+    row_vectors = vectors_per_row(shape)
+    fits = any(
+        shape.num_tokens * blocks <= most and row_vectors >= blocks * least
+        for most, least in limits
+    )
+    return blocks if fits else 0
 
 
 def _split_row(row_vectors: int, shape: Shape, world_size: int, sm: int) -> tuple[int, int]:
