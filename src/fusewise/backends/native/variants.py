@@ -38,15 +38,15 @@ MAX_TILE_UNITS = 256  # kMaxTileUnits there
 # four and eight ranks, which were only virtual, one was never slower.
 _TWO_VECTORS_FROM = 513
 # Few rows are spread over several blocks each: with one, a multiprocessor moves all copies of a row
-# alone. (blocks of the launch, vectors of a row for each of its blocks): up to so many with at
-# least so many. One-shot's are from two H100s: four blocks for each of 146 wide rows were a tenth
-# ahead of two, and far behind at twice as many. Two-shot's fit a block on each of 132
-# multiprocessors; with fewer vectors for each they pay only where
-# they divide the shard's units (benchmarks/results/one_gpu/virtual_node_blocks.json).
-_EVEN_SHARE = 180
-_SPREAD: dict[Kernel, tuple[tuple[int, int], ...]] = {
-    "one_shot": ((300, 128), (600, 224)),
-    "two_shot": ((132, 224),),
+# alone. (blocks of the launch, vectors of a row for each of its blocks, whether the blocks must
+# divide the units evenly): up to so many with at least so many. One-shot's are from two H100s: four
+# blocks for each of 146 wide rows were a tenth ahead of two, and far behind at twice as many.
+# Two-shot's fit a block on each of 132 multiprocessors. With 180 vectors each, two blocks took 7 to
+# 10 % less in a chain where a shard's two units were one for each, and 10 to 15 % more where it had
+# three (benchmarks/results/one_gpu/virtual_node_blocks.json).
+_SPREAD: dict[Kernel, tuple[tuple[int, int, bool], ...]] = {
+    "one_shot": ((300, 128, False), (600, 224, False)),
+    "two_shot": ((132, 224, False), (132, 180, True)),
 }
 
 
@@ -174,8 +174,7 @@ class LaunchShape:
         most = max(1, min(_TWO_SHOT_THREADS // WARP // shard_units, MAX_TILE_ROWS))
         rows = min(max(1, variant.rows_per_tile or shape.num_tokens // _BUSY_BLOCKS), most)
         units = rows * shard_units
-        even = ((132, _EVEN_SHARE),) if shard_units % 2 == 0 else ()
-        blocks = variant.blocks or _spread("two_shot", shape) or _spread_over(2, even, shape) or 1
+        blocks = variant.blocks or _spread("two_shot", shape, shard_units)
         blocks = 1 if output.endswith("Fp8") else min(blocks, units)
         own_units = -(-units // blocks)
         pieces = own_units * (world_size - 1)
@@ -217,20 +216,16 @@ def widest_row(world_size: int, sm: int) -> int:
     return blocks * max(v * block_limit(world_size, v) for v in (1, 2, 4))
 
 
-def _spread(kernel: Kernel, shape: Shape) -> int:
-    """Blocks that share a row because rows are few, a power of two; 0 where one block has it."""
-    limits = _SPREAD[kernel]
-    return _spread_over(MAX_BLOCKS, limits, shape) or _spread_over(2, limits, shape)
-
-
-def _spread_over(blocks: int, limits: tuple[tuple[int, int], ...], shape: Shape) -> int:
-    """``blocks`` if one of the limits allows as many, else 0."""
+def _spread(kernel: Kernel, shape: Shape, units: int) -> int:
+    """Blocks that share a row's ``units`` because rows are few: a power of two."""
     row_vectors = vectors_per_row(shape)
-    fits = any(
-        shape.num_tokens * blocks <= most and row_vectors >= blocks * least
-        for most, least in limits
-    )
-    return blocks if fits else 0
+    for blocks in (MAX_BLOCKS, 2):
+        for most, least, evenly in _SPREAD[kernel]:
+            if evenly and units % blocks:
+                continue
+            if shape.num_tokens * blocks <= most and row_vectors >= blocks * least:
+                return blocks
+    return 1
 
 
 def _split_row(row_vectors: int, shape: Shape, world_size: int, sm: int) -> tuple[int, int]:
@@ -238,7 +233,7 @@ def _split_row(row_vectors: int, shape: Shape, world_size: int, sm: int) -> tupl
     A cluster is preferred to four vectors per thread, which wait for the peers one by one."""
     clusters = (2, MAX_BLOCKS) if sm >= 90 else ()
     two = world_size == 2 and row_vectors >= _TWO_VECTORS_FROM
-    spread = _spread("one_shot", shape)
+    spread = _spread("one_shot", shape, units_per_row(row_vectors))
     few = [(2 if two and spread < MAX_BLOCKS else 1, spread)] if spread in clusters else []
     many = [(v, b) for v in ((2, 4) if two else (1, 2, 4)) for b in (1, *clusters)]
     for vectors, blocks in (*few, *many):
