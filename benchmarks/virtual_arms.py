@@ -49,7 +49,7 @@ _EXCHANGE = """
   Arrival<FW_WORLD> peers;
   peers.slot = group.slots + offset;
   peers.ask();
-  peers.await(group, 0, epoch & 1u);
+  peers.await(group, 0, epoch & 1u, true);
   peers.empty();
   store_words((char*)params.output.out + lane * kVectorBytes, peers.got[0]);
   {late}

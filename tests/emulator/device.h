@@ -99,6 +99,8 @@ inline bool claim(unsigned* word) {
 
 inline float shuffle_xor(float value, int mask) { return engine->shuffle_xor(value, mask); }
 
+inline bool warp_all(bool each) { return engine->warp_all(each); }
+
 inline void warp_barrier() {
   using emulator::kWarpLanes;
   engine->land_all(true);
@@ -185,6 +187,7 @@ inline float float_of(unsigned bits) {
 }
 
 inline float reciprocal_sqrt(float value) { return 1.0f / std::sqrt(value); }
+inline float reciprocal_sqrt_of_normal(float value) { return reciprocal_sqrt(value); }
 inline float absolute(float value) { return std::fabs(value); }
 inline unsigned smaller(unsigned a, unsigned b) { return std::min(a, b); }
 inline float max_or_nan(float a, float b) {

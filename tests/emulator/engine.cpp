@@ -14,6 +14,7 @@ constexpr double kSleep = 3e-4;  // chance per step that a thread, a block or a 
 constexpr int kLongestSleep[] = {100, 2000, 30000};  // steps
 constexpr double kStraggler = 0.003;  // chance that a thread dawdles after a barrier or shuffle
 constexpr int kLongestDawdle = 10000;
+constexpr int kVote = -1;  // a kind of meeting that no shuffle's mask is
 constexpr double kRevival = 0.02;  // chance per step that a resting thread polls again
 }  // namespace
 
@@ -189,13 +190,23 @@ void Engine::meet(Meeting& meeting, int kind, Block* const* blocks, int block_co
   give_way(0.5);
 }
 
-float Engine::shuffle_xor(float value, int mask) {
+// What the lanes of this warp bring, when all of them have come for the same kind of exchange.
+float* Engine::exchanged(float value, int kind) {
   Block* block = current->block;
   const int warp = current->thread / kWarpLanes;
   float* lanes = block->lanes[current->shuffles++ % 2].data() + warp * kWarpLanes;
   lanes[current->thread % kWarpLanes] = value;
-  meet(block->warps[warp], mask, &block, 1, warp * kWarpLanes, kWarpLanes);
-  return lanes[current->thread % kWarpLanes ^ mask];
+  meet(block->warps[warp], kind, &block, 1, warp * kWarpLanes, kWarpLanes);
+  return lanes;
+}
+
+float Engine::shuffle_xor(float value, int mask) {
+  return exchanged(value, mask)[current->thread % kWarpLanes ^ mask];
+}
+
+bool Engine::warp_all(bool each) {
+  const float* lanes = exchanged(each, kVote);
+  return std::all_of(lanes, lanes + kWarpLanes, [](float said) { return said != 0; });
 }
 
 }  // namespace emulator

@@ -133,6 +133,7 @@ class Engine {
   void meet(Meeting& meeting, int kind, Block* const* blocks, int block_count, int first,
             int count);
   float shuffle_xor(float value, int mask);
+  bool warp_all(bool each);
   void store(void* at, uint64_t value, int bytes);
   uint64_t load(const void* at, int bytes) const;
   void land_all(bool only_own);
@@ -158,6 +159,7 @@ class Engine {
   bool sleeps(Fiber* fiber);
   void wake(Fiber* fiber);
   void revive();
+  float* exchanged(float value, int kind);
   void load_shared(Block* block);
   void land(Fiber* fiber, size_t which);
   void dispatch(int rank);

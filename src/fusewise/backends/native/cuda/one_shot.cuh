@@ -123,7 +123,7 @@ FW_DEVICE void finish_row(const OneShotParams& p, RowShared<Config::kBlocks>& sh
   meet_over_row(shared.sums, turn);
   const float sum = total_over_row(shared.sums, turn);
   if (!Config::kEarlyLoads) part.load_weight(p, weight);
-  const float scale = reciprocal_sqrt(sum * p.inverse_hidden_size + p.eps);
+  const float scale = scale_of_sum(sum, p.inverse_hidden_size, p.eps);
   Words words[Config::kVectors] = {};
   FW_UNROLL
   for (int i = 0; i < Config::kVectors; ++i) {
@@ -164,7 +164,7 @@ FW_DEVICE void run_row(const OneShotParams& p, RowShared<Config::kBlocks>& share
   FW_UNROLL
   for (int i = 0; i < kVectors; ++i) {
     if (!Config::kAskAtOnce && part.used[i]) peers[i].ask();
-    if (part.used[i] && !dead) peers[i].await(p.group, row, epoch[0] % 2);
+    if (part.used[i]) peers[i].await(p.group, row, epoch[0] % 2, !dead);
     total[i] = sum_over_ranks<Type, Config::kWorld>(p.group.rank, peers[i].got, own[i]);
     if (Config::kHasNorm) add<Type>(total[i], residual[i]);
   }

@@ -3,11 +3,10 @@
 // The other .cuh files are plain C++17. A program that defines FUSEWISE_PRIMITIVES_CUH and the same
 // names first can run them on a CPU, one thread of control per CUDA thread.
 //
-// Memory. `push_*` and `peek_*` are relaxed accesses of system scope: they reach a peer's memory
-// through NVLink, are never served from L1, and order nothing else. A 16-byte access counts as four
-// separate 4-byte accesses in the PTX memory model (vector accesses have no order among their
-// elements), so a reader must check all four words. `load_*` and `store_*` are weak accesses of
-// this rank's own memory.
+// Memory. `push_*` and `peek_*` are relaxed accesses of system scope: they reach a peer's memory through
+// NVLink, are never served from L1, and order nothing else. One of 16 bytes counts as four of 4 that have no
+// order among them (PTX memory model), so a reader must check all four words. `load_*` and `store_*` are weak
+// accesses of this rank's own memory.
 
 #ifndef FUSEWISE_PRIMITIVES_CUH
 #define FUSEWISE_PRIMITIVES_CUH
@@ -117,6 +116,9 @@ FW_DEVICE bool claim(unsigned* word) { return atomicCAS(word, 0u, 1u) == 0u; }
 FW_DEVICE float shuffle_xor(float value, int mask) {
   return __shfl_xor_sync(0xffffffffu, value, mask);
 }
+
+// Whether all lanes of the warp say so; all of them call it.
+FW_DEVICE bool warp_all(bool each) { return __all_sync(0xffffffffu, each) != 0; }
 
 FW_DEVICE void warp_barrier() { __syncwarp(); }
 
@@ -242,6 +244,12 @@ FW_DEVICE void pause_ns(unsigned nanoseconds) { __nanosleep(nanoseconds); }
 FW_DEVICE unsigned bits_of(float value) { return __float_as_uint(value); }
 FW_DEVICE float float_of(unsigned bits) { return __uint_as_float(bits); }
 FW_DEVICE float reciprocal_sqrt(float value) { return rsqrtf(value); }
+// The same of a number that is not subnormal, 60 cycles sooner: nothing is scaled up and down.
+FW_DEVICE float reciprocal_sqrt_of_normal(float value) {
+  float root;
+  asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(root) : "f"(value));
+  return root;
+}
 FW_DEVICE float absolute(float value) { return fabsf(value); }
 
 // One instruction, where a comparison and a choice are two.

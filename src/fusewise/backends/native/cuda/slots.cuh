@@ -147,8 +147,14 @@ FW_DEVICE void give_up(const GroupParams& group, int row, unsigned phase, int pe
 // One vector of each peer, where it arrives and what came. Ask for all that a thread needs before
 // awaiting any: the wait then costs one round trip, not many. After a time-out the missing words
 // are still the sentinel, a NaN: a dead group yields no number.
+//
+// Up to four ranks the lanes of a warp leave await() together, by a vote, which takes less than gathering
+// lanes that left one by one; so all of them come, also those that need nothing. Of eight ranks there are
+// so many words to look at that a vote behind each look takes more: there each lane waits alone.
 template <int kWorld>
 struct Arrival {
+  static constexpr bool kTogether = kWorld < 8;
+
   char* slot;
   Words got[kWorld - 1];
 
@@ -157,6 +163,8 @@ struct Arrival {
     for (int j = 0; j < kWorld - 1; ++j) got[j] = peek_words(slot + j * kUnitBytes);
   }
 
+  FW_DEVICE static bool agreed(bool each) { return kTogether ? warp_all(each) : each; }
+
   FW_DEVICE bool is_complete() const {
     bool all = true;
     FW_UNROLL
@@ -164,18 +172,22 @@ struct Arrival {
     return all;
   }
 
-  FW_DEVICE void await(const GroupParams& group, int row, unsigned phase) {
+  FW_DEVICE void await(const GroupParams& group, int row, unsigned phase, bool needs) {
     Patience patience;
+    bool is_over;
     do {
       FW_KEEP_LOOP
       for (int polls = 0; polls < kPollsPerCheck; ++polls) {
-        if (is_complete()) return;
+        if (agreed(!needs || is_complete())) return;
         FW_UNROLL
         for (int j = 0; j < kWorld - 1; ++j) {
-          if (kWorld == 2 || !complete(got[j])) got[j] = peek_words(slot + j * kUnitBytes);
+          if (!needs || (kWorld > 2 && complete(got[j]))) continue;
+          got[j] = peek_words(slot + j * kUnitBytes);
         }
       }
-    } while (!patience.is_over(group));
+      is_over = patience.is_over(group);
+    } while (agreed(!is_over));
+    if (kTogether && (!needs || !is_over || is_complete())) return;  // others wait in vain
     int missing = 0;
     while (missing < kWorld - 2 && complete(got[missing])) ++missing;
     give_up(group, row, phase, missing + (missing >= group.rank ? 1 : 0));

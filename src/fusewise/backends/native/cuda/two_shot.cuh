@@ -68,9 +68,11 @@ FW_DEVICE Words reduce_unit(const Tile<Config>& tile, TwoShotShared& shared,
     target = partial_target(tile, piece.unit);
     Computed().add(target);
   }
+  constexpr bool kTogether = Arrival<kWorld>::kTogether;
+  if (kTogether) peers.await(p.group, piece.row, phase, piece.column >= 0 && !tile.dead);
   if (piece.column >= 0) {
     const Words mine = or_nan(canonical(own.x), tile.dead);
-    if (!tile.dead) peers.await(p.group, piece.row, phase);
+    if (!kTogether && !tile.dead) peers.await(p.group, piece.row, phase, true);
     Floats<Type> total = sum_over_ranks<Type, kWorld>(p.group.rank, peers.got, mine);
     if (Config::kHasNorm) add<Type>(total, own.residual);
     rounded = canonical(pack<Type>(total));

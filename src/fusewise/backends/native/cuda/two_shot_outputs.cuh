@@ -22,7 +22,7 @@ FW_DEVICE float scale_of(const Tile<Config>& tile, const TwoShotShared& shared, 
   FW_UNROLL
   for (int i = 0; i < count; ++i) part[i % 4] += squares[i];
   const float sum = (part[0] + part[1]) + (part[2] + part[3]);
-  return reciprocal_sqrt(sum * tile.p.inverse_hidden_size + tile.p.eps);
+  return scale_of_sum(sum, tile.p.inverse_hidden_size, tile.p.eps);
 }
 
 // The norm of one vector as words of the element type.

@@ -10,6 +10,8 @@
 
 namespace fusewise {
 
+constexpr float kLeastNormal = 1.17549435e-38f;
+
 // Each type says how many elements one 4-byte word holds and how words become fp32 and back.
 struct BFloat16 {
   static constexpr int kPerWord = 2;
@@ -82,6 +84,12 @@ FW_DEVICE float sum_of_squares(const Floats<Type>& v) {
   FW_UNROLL
   for (int i = 0; i < Floats<Type>::kCount; ++i) part[i % 4] += v.at[i] * v.at[i];
   return (part[0] + part[1]) + (part[2] + part[3]);
+}
+
+// What a row is multiplied by: its root mean square's reciprocal.
+FW_DEVICE float scale_of_sum(float squares, float inverse_hidden_size, float eps) {
+  const float mean = squares * inverse_hidden_size + eps;
+  return eps >= kLeastNormal ? reciprocal_sqrt_of_normal(mean) : reciprocal_sqrt(mean);
 }
 
 // v * scale * (weight + bias), in this order, as the unfused kernel of this package computes it.
