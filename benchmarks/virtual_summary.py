@@ -16,8 +16,16 @@ from native_summary import KIB, MIB, geometric_mean
 FLASHINFER = "flashinfer.one_shot"
 ONE_SHOT, TWO_SHOT, EARLY = "native.one_shot", "native.two_shot", ":early"
 EXCHANGE = "exchange"  # the floor: one vector per lane of one warp, there and back
-# A kernel is compared with the floor that lets the next begin where it does.
-OVER_FLOOR = ((ONE_SHOT, EXCHANGE + ":late"), (ONE_SHOT + EARLY, EXCHANGE))
+ALL = EXCHANGE + ":all"  # or all of the message, by as many warps as ours has
+# A kernel is compared with the floors that let the next begin where it does.
+OVER_FLOOR = (
+    (ONE_SHOT + EARLY, EXCHANGE),
+    (ALL, EXCHANGE),
+    (ONE_SHOT + EARLY, ALL),
+    (ONE_SHOT, EXCHANGE + ":late"),
+    (ALL + ":late", EXCHANGE + ":late"),
+    (ONE_SHOT, ALL + ":late"),
+)
 MEAN_OVER = (2048, 4096, 7168)
 SMALL, LARGE = (8 * KIB, 64 * KIB), (128 * KIB, MIB)
 # pattern, ranks, arm, sizes, the most that the geometric mean may be of FlashInfer's

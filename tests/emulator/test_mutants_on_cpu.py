@@ -28,7 +28,11 @@ INSTANCES = [
     Instance("one_shot", "bfloat16", 2, blocks=2, early_trigger=True),
     Instance("two_shot", "bfloat16", 2, blocks=2, early_trigger=True),
 ]
-ALONE = [Instance("one_shot", "bfloat16", 8, output="kSum", early_trigger=True)]
+# Of fewer ranks, lanes leave these waits together anyway.
+ALONE = [
+    Instance("one_shot", "bfloat16", 8, output="kSum", early_trigger=True),
+    Instance("two_shot", "bfloat16", 8, output="kSum", early_trigger=True),
+]
 STEPS = 3_000_000  # several times what a whole kernel needs; a stuck one uses them up
 
 # file, what stands there, what stands there instead
@@ -47,6 +51,11 @@ MUTANTS = {
     "push_before_wait": ("one_shot.cuh", "  dependency_wait(addresses);", ""),
     "copies_send": ("one_shot.cuh", "if (part.owns(i) && !dead)", "if (part.used[i] && !dead)"),
     "emptied_before_all_took": ("one_shot.cuh", "warp_barrier();  // all lanes have what", "//"),
+    "copies_scatter": ("two_shot_pieces.cuh", "!piece[j].owns() ||", "!piece[j].used ||"),
+    "copies_gather": ("two_shot.cuh", "if (piece.owns()) push_to", "push_to"),
+    "copies_squared": ("two_shot.cuh", "piece.is_copy ? 0.0f : ", ""),
+    "sums_emptied_before_all_took": ("two_shot.cuh", "warp_barrier();  // all lanes have", "//"),
+    "columns_emptied_before_all_took": ("two_shot_pieces.cuh", "warp_barrier();  // all", "{} //"),
     "own_blocks_unheard": (
         "two_shot.cuh", "source == p.group.rank && tile.owns(unit)", "source == p.group.rank",
     ),
@@ -62,8 +71,8 @@ MUTANTS = {
 def compiled_with(name: str) -> list[Instance]:
     """The instances that a mutant's line is for."""
     file = MUTANTS[name][0]
-    if name == "emptied_before_all_took":
-        return ALONE  # of fewer ranks, lanes leave their waits together anyway
+    if name in ("emptied_before_all_took", "sums_emptied_before_all_took"):
+        return [instance for instance in ALONE if file.startswith(instance.kernel)]
     if file == "row_reduce.cuh":
         return [instance for instance in INSTANCES if instance.cluster > 1]
     return [i for i in INSTANCES if file == "slots.cuh" or file.startswith(i.kernel)]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from fusewise.backends.native.instance import (
     MAX_BLOCKS,
@@ -37,16 +38,35 @@ MAX_TILE_UNITS = 256  # kMaxTileUnits there
 # H100s (benchmarks/results/two_gpus) one was faster for 512 vectors, two for many rows of 896. Of
 # four and eight ranks, which were only virtual, one was never slower.
 _TWO_VECTORS_FROM = 513
+
+
+class _Spread(NamedTuple):
+    """When rows, or tiles, have several blocks each."""
+
+    most_blocks: int  # of the launch
+    least_vectors: int  # of a row, for each of its blocks
+    evenly: bool = False  # whether the blocks must divide a row's units
+    least_ranks: int = 2
+
+    def allows(self, blocks: int, shape: Shape, world_size: int, units: int) -> bool:
+        return (
+            shape.num_tokens * blocks <= self.most_blocks
+            and vectors_per_row(shape) >= blocks * self.least_vectors
+            and not (self.evenly and units % blocks)
+            and world_size >= self.least_ranks
+        )
+
+
 # Few rows are spread over several blocks each: with one, a multiprocessor moves all copies of a row
-# alone. (blocks of the launch, vectors of a row for each of its blocks, whether the blocks must
-# divide the units evenly): up to so many with at least so many. One-shot's are from two H100s: four
-# blocks for each of 146 wide rows were a tenth ahead of two, and far behind at twice as many.
-# Two-shot's fit a block on each of 132 multiprocessors. With 180 vectors each, two blocks took 7 to
-# 10 % less in a chain where a shard's two units were one for each, and 10 to 15 % more where it had
-# three (benchmarks/results/one_gpu/virtual_node_blocks.json).
-_SPREAD: dict[Kernel, tuple[tuple[int, int, bool], ...]] = {
-    "one_shot": ((300, 128, False), (600, 224, False)),
-    "two_shot": ((132, 224, False), (132, 180, True)),
+# alone. One-shot's are from two H100s: four blocks for each of 146 wide rows were a tenth ahead of
+# two, and far behind at twice as many; the last is from eight virtual ranks, where up to three rows
+# took 2 to 10 % less (benchmarks/results/one_gpu/virtual_node_spread.json). Two-shot's fit a block
+# on each of 132 multiprocessors. With 180 vectors each, two blocks took 7 to 10 % less in a chain
+# where a shard's two units were one for each, and 10 to 15 % more where it had three
+# (virtual_node_blocks.json there).
+_SPREAD: dict[Kernel, tuple[_Spread, ...]] = {
+    "one_shot": (_Spread(300, 128), _Spread(600, 224), _Spread(12, 64, least_ranks=8)),
+    "two_shot": (_Spread(132, 224), _Spread(132, 180, evenly=True)),
 }
 
 
@@ -174,7 +194,7 @@ class LaunchShape:
         most = max(1, min(_TWO_SHOT_THREADS // WARP // shard_units, MAX_TILE_ROWS))
         rows = min(max(1, variant.rows_per_tile or shape.num_tokens // _BUSY_BLOCKS), most)
         units = rows * shard_units
-        blocks = variant.blocks or _spread("two_shot", shape, shard_units)
+        blocks = variant.blocks or _spread("two_shot", shape, world_size, shard_units)
         blocks = 1 if output.endswith("Fp8") else min(blocks, units)
         own_units = -(-units // blocks)
         pieces = own_units * (world_size - 1)
@@ -216,15 +236,11 @@ def widest_row(world_size: int, sm: int) -> int:
     return blocks * max(v * block_limit(world_size, v) for v in (1, 2, 4))
 
 
-def _spread(kernel: Kernel, shape: Shape, units: int) -> int:
+def _spread(kernel: Kernel, shape: Shape, world_size: int, units: int) -> int:
     """Blocks that share a row's ``units`` because rows are few: a power of two."""
-    row_vectors = vectors_per_row(shape)
     for blocks in (MAX_BLOCKS, 2):
-        for most, least, evenly in _SPREAD[kernel]:
-            if evenly and units % blocks:
-                continue
-            if shape.num_tokens * blocks <= most and row_vectors >= blocks * least:
-                return blocks
+        if any(rule.allows(blocks, shape, world_size, units) for rule in _SPREAD[kernel]):
+            return blocks
     return 1
 
 
@@ -233,7 +249,7 @@ def _split_row(row_vectors: int, shape: Shape, world_size: int, sm: int) -> tupl
     A cluster is preferred to four vectors per thread, which wait for the peers one by one."""
     clusters = (2, MAX_BLOCKS) if sm >= 90 else ()
     two = world_size == 2 and row_vectors >= _TWO_VECTORS_FROM
-    spread = _spread("one_shot", shape, units_per_row(row_vectors))
+    spread = _spread("one_shot", shape, world_size, units_per_row(row_vectors))
     few = [(2 if two and spread < MAX_BLOCKS else 1, spread)] if spread in clusters else []
     many = [(v, b) for v in ((2, 4) if two else (1, 2, 4)) for b in (1, *clusters)]
     for vectors, blocks in (*few, *many):

@@ -38,7 +38,7 @@ FW_DEVICE char* partial_target(const Tile<Config>& tile, int unit) {
   const int lane = thread_index() % kWarp;
   const int block = lane / kWorld;
   const int peer = lane % kWorld;  // the last is this rank
-  if (block >= Config::kBlocks || tile.dead || !tile.has_columns(unit, group.rank)) return nullptr;
+  if (block >= Config::kBlocks || tile.dead || tile.columns(unit, group.rank) <= 0) return nullptr;
   const unsigned long long words =
       partial_offset<kWorld>(group, tile.global_unit(unit), block) + group.rank * 4;
   if (peer == Config::kPeers) return block != tile.share ? group.slots + words : nullptr;
@@ -59,8 +59,8 @@ FW_DEVICE Words reduce_unit(const Tile<Config>& tile, TwoShotShared& shared,
   float squares = 0.0f;
   Words rounded = {};
   Arrival<kWorld> peers;
-  if (piece.column >= 0) {
-    peers.slot = p.group.slots + tile.scatter_slot(piece.unit, phase);
+  if (piece.used) {
+    peers.slot = p.group.slots + tile.scatter_slot(piece, phase);
     peers.ask();
   }
   char* target = nullptr;  // computed while the answer is under way
@@ -69,14 +69,14 @@ FW_DEVICE Words reduce_unit(const Tile<Config>& tile, TwoShotShared& shared,
     Computed().add(target);
   }
   constexpr bool kTogether = Arrival<kWorld>::kTogether;
-  if (kTogether) peers.await(p.group, piece.row, phase, piece.column >= 0 && !tile.dead);
-  if (piece.column >= 0) {
+  if (kTogether) peers.await(p.group, piece.row, phase, piece.used && !tile.dead);
+  if (piece.used) {
     const Words mine = or_nan(canonical(own.x), tile.dead);
     if (!kTogether && !tile.dead) peers.await(p.group, piece.row, phase, true);
     Floats<Type> total = sum_over_ranks<Type, kWorld>(p.group.rank, peers.got, mine);
     if (Config::kHasNorm) add<Type>(total, own.residual);
     rounded = canonical(pack<Type>(total));
-    squares = sum_of_squares<Type>(total);
+    squares = piece.is_copy ? 0.0f : sum_of_squares<Type>(total);
   }
   if (Config::kHasNorm) {
     // First, because the peers need it before they can use the columns.
@@ -86,10 +86,12 @@ FW_DEVICE Words reduce_unit(const Tile<Config>& tile, TwoShotShared& shared,
     if (thread_index() % kWarp == 0) {
       shared.squares[piece.unit * kWorld + p.group.rank] = float_of(word);
     }
+  } else {
+    warp_barrier();  // all lanes have taken theirs, as behind warp_sum: two may have the same slots
   }
-  if (piece.column >= 0) {
+  if (piece.used) {
     if (!tile.dead) {
-      push_to_peers<kWorld>(p.group, tile.gather_slot(piece.unit), rounded);
+      if (piece.owns()) push_to_peers<kWorld>(p.group, tile.gather_slot(piece), rounded);
       peers.empty();
     }
     void* sums = Config::kHasNorm ? p.residual_out : p.output.out;
@@ -110,7 +112,7 @@ FW_DEVICE Kept reduce(const Tile<Config>& tile, TwoShotShared& shared, Own<Confi
       own.load_rest(tile);
     }
     const Words rounded = reduce_unit(tile, shared, own);
-    if (Config::kOutput == Output::kNorm && !Config::kEarlyWeight && own.piece.column >= 0) {
+    if (Config::kOutput == Output::kNorm && !Config::kEarlyWeight && own.piece.used) {
       own.weight = weight_at(tile.p, own.piece.column);
     }
     if (first) kept = {rounded, own.weight};
@@ -148,7 +150,7 @@ FW_DEVICE void await_squares(const Tile<Config>& tile, TwoShotShared& shared) {
     const int source = i % kWorld;
     unsigned word = tile.dead ? kSentinel : 0;
     const bool is_own = source == p.group.rank && tile.owns(unit);
-    if (!is_own && !tile.dead && tile.has_columns(unit, source)) {
+    if (!is_own && !tile.dead && tile.columns(unit, source) > 0) {
       char* slot = p.group.slots + source * 4 +
                    partial_offset<kWorld>(p.group, tile.global_unit(unit), tile.share);
       word = await_word(p.group, slot, tile.first_row + unit / shard_units, source);

@@ -44,7 +44,7 @@ FW_DEVICE void write_own(const Tile<Config>& tile, const TwoShotShared& shared, 
   const TwoShotParams& p = tile.p;
   for (int i = reducing_warp(); i < tile.own_units(); i += thread_count() / kWarp) {
     const Piece piece = tile.own_piece(i);
-    if (piece.column >= 0) {
+    if (piece.used) {
       if (i != reducing_warp()) {
         kept.sum = load_words(static_cast<const char*>(p.residual_out) + tile.place(piece));
         kept.weight = weight_at(p, piece.column);

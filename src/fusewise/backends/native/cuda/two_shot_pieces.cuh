@@ -23,7 +23,7 @@ struct Scattered {
       piece[j] = tile.peers_piece(first + j * (thread_count() / kWarp));
       x[j] = static_cast<const char*>(tile.p.x) + tile.place(piece[j]);
       epoch[j] = tile.p.group.epochs + tile.global_unit(piece[j].unit);
-      target[j] = tile.p.group.peers[piece[j].peer] + tile.scatter_slot(piece[j].unit, 0);
+      target[j] = tile.p.group.peers[piece[j].peer] + tile.scatter_slot(piece[j], 0);
     }
   }
 
@@ -39,7 +39,7 @@ struct Scattered {
   FW_DEVICE void load() {
     FW_UNROLL
     for (int j = 0; j < Config::kAhead; ++j) {
-      if (piece[j].column < 0) continue;
+      if (!piece[j].used) continue;
       v[j] = load_words(x[j]);
       phase[j] = load_word(epoch[j]) % 2;
     }
@@ -48,7 +48,7 @@ struct Scattered {
   FW_DEVICE void send(const Tile<Config>& tile) const {
     FW_UNROLL
     for (int j = 0; j < Config::kAhead; ++j) {
-      if (piece[j].column < 0 || tile.dead) continue;
+      if (!piece[j].owns() || tile.dead) continue;
       push_words(target[j] + phase[j] * kSourcesBytes<Config::kWorld>, canonical(v[j]));
     }
   }
@@ -82,12 +82,12 @@ struct Own {
   FW_DEVICE void load() {
     if (epoch_at == nullptr) return;
     epoch = load_word(epoch_at);
-    if (piece.column >= 0) x = load_words(x_at);
+    if (piece.used) x = load_words(x_at);
   }
 
   FW_DEVICE void load_rest(const Tile<Config>& tile) {
     const TwoShotParams& p = tile.p;
-    if (epoch_at == nullptr || piece.column < 0) return;
+    if (epoch_at == nullptr || !piece.used) return;
     residual = nothing_to_add<typename Config::Type>();
     if (Config::kHasNorm && p.residual != nullptr) {
       residual = load_words(static_cast<const char*>(p.residual) + tile.place(piece));
@@ -111,11 +111,11 @@ struct Gathered {
     for (int j = 0; j < Config::kAhead; ++j) {
       piece[j] = tile.peers_piece(first + j * (thread_count() / kWarp));
       slot[j] = p.group.slots + dense(piece[j].owner, rank) * kUnitBytes +
-                tile.gather_slot(piece[j].unit);
-      if (piece[j].column < 0 || tile.dead) slot[j] = nullptr;
+                tile.gather_slot(piece[j]);
+      if (!piece[j].used || tile.dead) slot[j] = nullptr;
       v[j] = slot[j] != nullptr ? peek_words(slot[j]) : empty_slot();
       weight[j] = Words{};
-      if (Config::kOutput == Output::kNorm && piece[j].column >= 0) {
+      if (Config::kOutput == Output::kNorm && piece[j].used) {
         weight[j] = weight_at(p, piece[j].column);
       }
     }
@@ -148,10 +148,11 @@ struct Gathered {
 
   // Empties the slots and stores the sums.
   FW_DEVICE void store_sums(const Tile<Config>& tile) const {
+    if (!Config::kFullUnits) warp_barrier();  // all lanes have taken theirs: two may have the same slot
     void* sums = Config::kHasNorm ? tile.p.residual_out : tile.p.output.out;
     FW_UNROLL
     for (int j = 0; j < Config::kAhead; ++j) {
-      if (piece[j].column < 0) continue;
+      if (!piece[j].used) continue;
       if (slot[j] != nullptr) push_words(slot[j], empty_slot());
       store_words(static_cast<char*>(sums) + tile.place(piece[j]), v[j]);
     }
@@ -160,7 +161,7 @@ struct Gathered {
   FW_DEVICE void store_norms(const Tile<Config>& tile, const TwoShotShared& shared) const {
     FW_UNROLL
     for (int j = 0; j < Config::kAhead; ++j) {
-      if (piece[j].column < 0) continue;
+      if (!piece[j].used) continue;
       store_words(static_cast<char*>(tile.p.output.out) + tile.place(piece[j]),
                   norm_of(tile, scale_of(tile, shared, piece[j].row), v[j], weight[j]));
     }

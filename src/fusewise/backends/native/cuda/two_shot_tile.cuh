@@ -55,6 +55,8 @@ struct TwoShotConfig {
                 "an FP8 output looks at whole rows");
   static constexpr int kRowVectors = kRowVectors_;
   static constexpr int kShardVectors = (kRowVectors + kWorld - 1) / kWorld;
+  static constexpr bool kEqualShards = kRowVectors > 0 && kRowVectors % kWorld == 0;
+  static constexpr bool kFullUnits = kEqualShards && kShardVectors % kWarp == 0;
 
   FW_DEVICE static int row_vectors(const TwoShotParams& p) {
     return kRowVectors > 0 ? kRowVectors : p.row_vectors;
@@ -71,13 +73,20 @@ struct TwoShotShared {
   alignas(16) float squares[kMaxTileUnits * kMaxRanks];  // per unit and owner: the partial sums
 };
 
-// A warp's piece of a tile: 32 vectors of one owner's columns in one row.
+// A warp's piece of a tile: 32 vectors of one owner's columns in one row. Where those end within the
+// warp, the lanes behind their end repeat the last vector, as in one-shot (RowPart).
 struct Piece {
-  int row;     // in the message
-  int owner;   // number `peer` in GroupParams::peers, if it is another rank
+  int row;       // in the message
+  int owner;     // number `peer` in GroupParams::peers, if it is another rank
   int peer;
-  int unit;    // within the tile
-  int column;  // this lane's vector in the row; -1: none
+  int unit;      // within the tile
+  int lane;      // this lane's vector in the unit
+  int column;    // and in the row
+  bool used;     // of all lanes of the warp, or of none
+  bool is_copy;  // another lane's vector
+
+  // Whether the vector is this lane's, and no repetition.
+  FW_DEVICE bool owns() const { return used && !is_copy; }
 };
 
 // Where the gathered vectors of a unit arrive: behind all of the scatter's slots.
@@ -129,29 +138,35 @@ struct Tile {
   FW_DEVICE int peers_pieces() const { return own_units() * Config::kPeers; }
   FW_DEVICE Piece peers_piece(int i) const {
     Piece found = piece(own_unit(i / Config::kPeers), i % Config::kPeers);
-    if (i >= peers_pieces()) found.column = -1;
+    if (i >= peers_pieces()) found.used = false;
     return found;
   }
 
   FW_DEVICE Piece piece(int unit, int peer) const {
-    const int in_row = unit % Config::shard_units(p);
-    const int in_shard = in_row * kWarp + thread_index() % kWarp;
     Piece piece;
     piece.unit = unit;
     piece.peer = peer;
     piece.owner = (p.group.rank + 1 + peer) % Config::kWorld;
     piece.row = first_row + unit / Config::shard_units(p);
-    piece.column = piece.owner * Config::shard_vectors(p) + in_shard;
-    if (in_shard >= Config::shard_vectors(p) || piece.column >= Config::row_vectors(p)) {
-      piece.column = -1;
-    }
+    const int lane = thread_index() % kWarp;
+    const int left = columns(unit, piece.owner);
+    piece.used = Config::kEqualShards || left > 0;
+    piece.is_copy = !Config::kFullUnits && lane >= left;
+    piece.lane = piece.is_copy ? left - 1 : lane;
+    piece.column = first_column(unit, piece.owner) + piece.lane;
     return piece;
   }
 
-  // Whether the owner has columns in this unit: the last owners of a narrow row may have none.
-  FW_DEVICE bool has_columns(int unit, int owner) const {
-    const int in_row = unit % Config::shard_units(p);
-    return owner * Config::shard_vectors(p) + in_row * kWarp < Config::row_vectors(p);
+  FW_DEVICE int first_column(int unit, int owner) const {
+    return owner * Config::shard_vectors(p) + unit % Config::shard_units(p) * kWarp;
+  }
+
+  // The owner's columns from the first of this unit on. The last owners of a narrow row may have none.
+  FW_DEVICE int columns(int unit, int owner) const {
+    const int in_shard = Config::shard_vectors(p) - unit % Config::shard_units(p) * kWarp;
+    if (Config::kEqualShards) return in_shard;
+    const int in_row = Config::row_vectors(p) - first_column(unit, owner);
+    return in_shard < in_row ? in_shard : in_row;
   }
 
   FW_DEVICE unsigned epoch(int unit) const {
@@ -162,15 +177,15 @@ struct Tile {
     return static_cast<unsigned>(first_row) * Config::shard_units(p) + unit;
   }
 
-  // Behind a rank's slots: this lane's vector of a unit, of the first source.
-  FW_DEVICE unsigned long long scatter_slot(int unit, unsigned phase) const {
-    return slot_offset<Config::kWorld>(global_unit(unit), thread_index() % kWarp) +
+  // Behind a rank's slots: this lane's vector of a piece, of the first source.
+  FW_DEVICE unsigned long long scatter_slot(const Piece& piece, unsigned phase) const {
+    return slot_offset<Config::kWorld>(global_unit(piece.unit), piece.lane) +
            phase * kSourcesBytes<Config::kWorld>;
   }
 
-  FW_DEVICE unsigned long long gather_slot(int unit) const {
-    return gather_offset<Config::kWorld>(p.group, global_unit(unit)) +
-           thread_index() % kWarp * kVectorBytes;
+  FW_DEVICE unsigned long long gather_slot(const Piece& piece) const {
+    return gather_offset<Config::kWorld>(p.group, global_unit(piece.unit)) +
+           piece.lane * kVectorBytes;
   }
 
   // Bytes into a tensor of the message's shape.
