@@ -1,10 +1,11 @@
-// The names of primitives.cuh, on the emulator's engine.
+// The names of primitives.cuh and cluster.cuh, on the emulator's engine.
 //
 // Same names, same meaning; where the hardware leaves an order open, this leaves it to chance.
 
 #pragma once
 
 #define FUSEWISE_PRIMITIVES_CUH
+#define FUSEWISE_CLUSTER_CUH
 #define FW_DEVICE inline
 #define FW_UNROLL
 #define FW_KEEP_LOOP
@@ -115,6 +116,12 @@ inline void block_barrier() {
   engine->meet(block->barrier, kBlockBarrier, &block, 1, 0, thread_count());
 }
 
+inline Words load_shared(const void* at) {
+  Words v;
+  std::memcpy(&v, at, sizeof v);
+  return v;
+}
+
 inline void cluster_arrive() {}  // whoever waits meets the others there
 
 inline void cluster_wait() {
@@ -157,12 +164,22 @@ inline void inbox_await(Inbox& inbox, unsigned parity) {
   while (inbox.rounds % 2 == static_cast<int>(parity)) engine->rest_till_woken();
 }
 
-inline void send_in_cluster(float* at, Inbox& inbox, int block, float value) {
+struct ClusterPlace {
+  float* word;
+  Inbox* inbox;
+  int block;
+};
+
+inline ClusterPlace place_in_cluster(float* at, Inbox& inbox, int block) {
+  return {static_cast<float*>(engine->in_cluster(at, block)),
+          static_cast<Inbox*>(engine->in_cluster(&inbox, block)), block};
+}
+
+inline void send_in_cluster(ClusterPlace place, float value) {
   engine->give_way(kAtPush);
-  std::memcpy(engine->in_cluster(at, block), &value, sizeof value);
-  auto* counter = static_cast<Inbox*>(engine->in_cluster(&inbox, block));
-  counter->missing -= static_cast<int>(sizeof value);
-  counter->settle(block);
+  *place.word = value;
+  place.inbox->missing -= static_cast<int>(sizeof value);
+  place.inbox->settle(place.block);
 }
 
 // --- streams and time

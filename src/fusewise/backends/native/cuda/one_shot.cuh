@@ -20,13 +20,11 @@
 
 namespace fusewise {
 
-// Sends this thread's part of a row to all peers, asks for theirs, and raises the epochs. The dead
-// send nothing, take nothing and give NaN.
+// Sends this thread's part of a row to all peers. The dead send nothing, take nothing and give NaN.
 template <class Config, class Skew>
-FW_DEVICE void exchange_row(const OneShotParams& p, const RowPart<Config>& part, int row, bool dead,
-                            const unsigned (&epoch)[Config::kVectors],
-                            Words (&own)[Config::kVectors],
-                            Arrival<Config::kWorld> (&peers)[Config::kVectors]) {
+FW_DEVICE void send_row(const OneShotParams& p, const RowPart<Config>& part, int row, bool dead,
+                        const unsigned (&epoch)[Config::kVectors], Words (&own)[Config::kVectors],
+                        Arrival<Config::kWorld> (&peers)[Config::kVectors]) {
   warp_barrier();  // all lanes have read the epochs that lane 0 raises below
   Skew::before_push(p.group.rank, row);
   FW_UNROLL
@@ -41,6 +39,13 @@ FW_DEVICE void exchange_row(const OneShotParams& p, const RowPart<Config>& part,
     peers[i].slot = part.slot[i] + phase;
   }
   Skew::before_take(p.group.rank, row);
+}
+
+// Asks for the peers' parts, and raises the epochs.
+template <class Config>
+FW_DEVICE void ask_row(const RowPart<Config>& part, bool dead,
+                       const unsigned (&epoch)[Config::kVectors],
+                       Arrival<Config::kWorld> (&peers)[Config::kVectors]) {
   FW_UNROLL
   for (int i = 0; i < Config::kVectors; ++i) {
     if (Config::kAskAtOnce && part.used[i]) peers[i].ask();
@@ -107,18 +112,19 @@ FW_DEVICE void write_fp8(const OneShotParams& p, RowShared<Config::kBlocks>& sha
 // Everything behind the sum of a row: the row's number, the stores, the norm.
 template <class Config>
 FW_DEVICE void finish_row(const OneShotParams& p, RowShared<Config::kBlocks>& shared, int row,
-                          int turn, const RowPart<Config>& part, bool dead,
+                          int turn, ClusterPlace place, const RowPart<Config>& part, bool dead,
                           const Floats<typename Config::Type> (&total)[Config::kVectors],
                           const Arrival<Config::kWorld> (&peers)[Config::kVectors],
                           Words (&weight)[Config::kVectors]) {
   using Type = typename Config::Type;
+  warp_barrier();  // or the compiler, who cannot know it, asks at each shuffle whether all are here
   float squares = part.owns(0) ? sum_of_squares<Type>(total[0]) : 0.0f;
   FW_UNROLL
   for (int i = 1; i < Config::kVectors; ++i) {
     const float mine = sum_of_squares<Type>(total[i]);
     squares += part.owns(i) ? mine : 0.0f;
   }
-  share_over_row(shared.sums, turn, warp_sum(squares));
+  share_over_row(shared.sums, turn, place, warp_sum(squares));
   store_row<Config>(p, part, dead, total, peers);  // the row's number is on its way
   meet_over_row(shared.sums, turn);
   const float sum = total_over_row(shared.sums, turn);
@@ -158,7 +164,13 @@ FW_DEVICE void run_row(const OneShotParams& p, RowShared<Config::kBlocks>& share
   if (Config::kEarlyLoads && has_residual) part.load(p.residual, residual);
   if (Config::kEarlyLoads && Config::kHasNorm) part.load_weight(p, weight);
   Arrival<Config::kWorld> peers[kVectors];
-  exchange_row<Config, Skew>(p, part, row, dead, epoch, own, peers);
+  send_row<Config, Skew>(p, part, row, dead, epoch, own, peers);
+  // What the row's end needs of the cluster's other blocks, while the vectors are under way: no block
+  // sends to another before that one has opened its inboxes.
+  ClusterPlace place = {};
+  if (Config::kHasNorm && Config::kBlocks > 1 && turn == 0) cluster_wait();
+  if (Config::kHasNorm) place = expect_over_row(shared.sums, turn);
+  ask_row<Config>(part, dead, epoch, peers);
   if (!Config::kEarlyLoads && has_residual) part.load(p.residual, residual);
   Floats<Type> total[kVectors];
   FW_UNROLL
@@ -169,9 +181,7 @@ FW_DEVICE void run_row(const OneShotParams& p, RowShared<Config::kBlocks>& share
     if (Config::kHasNorm) add<Type>(total[i], residual[i]);
   }
   if (Config::kHasNorm) {
-    // No block sends to another before that one has opened its inboxes.
-    if (Config::kBlocks > 1 && turn == 0) cluster_wait();
-    finish_row<Config>(p, shared, row, turn, part, dead, total, peers, weight);
+    finish_row<Config>(p, shared, row, turn, place, part, dead, total, peers, weight);
   } else {
     warp_barrier();  // all lanes have what lies in the slots that are emptied now
     store_row<Config>(p, part, dead, total, peers);

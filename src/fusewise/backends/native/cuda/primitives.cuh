@@ -111,7 +111,7 @@ FW_DEVICE void fence_system() { asm volatile("fence.acq_rel.sys;" ::: "memory");
 // True for the one caller, of all that ever call with this word, that finds it 0.
 FW_DEVICE bool claim(unsigned* word) { return atomicCAS(word, 0u, 1u) == 0u; }
 
-// --- threads of one block, blocks of one cluster
+// --- threads of one block
 
 FW_DEVICE float shuffle_xor(float value, int mask) {
   return __shfl_xor_sync(0xffffffffu, value, mask);
@@ -124,85 +124,19 @@ FW_DEVICE void warp_barrier() { __syncwarp(); }
 
 FW_DEVICE void block_barrier() { __syncthreads(); }
 
-// Counts the bytes that blocks of the cluster send to this one, round by round: an mbarrier.
-struct Inbox {
-  alignas(8) unsigned long long state;
-};
-
-#if __CUDA_ARCH__ >= 900
-FW_DEVICE int cluster_rank() {
-  unsigned rank;
-  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-  return static_cast<int>(rank);
-}
-
-// A barrier in two halves that waits for no store. What inboxes_opened() stands behind is seen by all
-// behind cluster_wait().
-FW_DEVICE void cluster_arrive() { asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory"); }
-FW_DEVICE void cluster_wait() { asm volatile("barrier.cluster.wait.acquire;" ::: "memory"); }
-
 FW_DEVICE unsigned shared_address(const void* at) {
   return static_cast<unsigned>(__cvta_generic_to_shared(at));
 }
 
-// Where block number `block` of the cluster has what lies at `here` in this one.
-FW_DEVICE unsigned address_in_cluster(unsigned here, int block) {
-  unsigned there;
-  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(here), "r"(block));
-  return there;
-}
-
-FW_DEVICE void inbox_open(Inbox& inbox) {
-  const unsigned at = shared_address(&inbox);
-  asm volatile("mbarrier.init.shared.b64 [%0], 1;" ::"r"(at) : "memory");
-}
-
-// By the thread that opened them, before cluster_arrive().
-FW_DEVICE void inboxes_opened() {
-  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-}
-
-// How much comes in this round; by one thread. Some of it may have come.
-FW_DEVICE void inbox_expect(Inbox& inbox, unsigned bytes) {
-  const unsigned at = shared_address(&inbox);
-  asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(at), "r"(bytes)
+// Of the block's memory; the address is kept where it was computed, as all that assembler is given.
+FW_DEVICE Words load_shared(const void* at) {
+  Words v;
+  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.word[0]), "=r"(v.word[1]), "=r"(v.word[2]), "=r"(v.word[3])
+               : "r"(shared_address(at))
                : "memory");
+  return v;
 }
-
-// Waits for the end of a round of that parity; all that was sent in it is visible then.
-FW_DEVICE void inbox_await(Inbox& inbox, unsigned parity) {
-  const unsigned at = shared_address(&inbox);
-  unsigned done;
-  do {
-    asm volatile(
-        "{\n\t.reg .pred p;\n\t"
-        "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n\t"
-        "selp.u32 %0, 1, 0, p;\n\t}"
-        : "=r"(done)
-        : "r"(at), "r"(parity)
-        : "memory");
-  } while (done == 0);
-}
-
-// Writes the variable `at` of the cluster's block number `block`, and counts it in its `inbox`.
-FW_DEVICE void send_in_cluster(float* at, Inbox& inbox, int block, float value) {
-  const unsigned target = address_in_cluster(shared_address(at), block);
-  const unsigned counter = address_in_cluster(shared_address(&inbox), block);
-  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.f32 [%0], %1, [%2];" ::"r"(
-                   target),
-               "f"(value), "r"(counter)
-               : "memory");
-}
-#else  // blocks of one row never form a cluster below sm_90
-FW_DEVICE int cluster_rank() { return 0; }
-FW_DEVICE void cluster_arrive() {}
-FW_DEVICE void cluster_wait() {}
-FW_DEVICE void inbox_open(Inbox&) {}
-FW_DEVICE void inboxes_opened() {}
-FW_DEVICE void inbox_expect(Inbox&, unsigned) {}
-FW_DEVICE void inbox_await(Inbox&, unsigned) {}
-FW_DEVICE void send_in_cluster(float*, Inbox&, int, float) {}
-#endif
 
 // --- the kernel before and the kernel after (programmatic dependent launch; sm_90 and later)
 

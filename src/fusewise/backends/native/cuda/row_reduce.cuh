@@ -13,6 +13,7 @@
 #ifndef FUSEWISE_ROW_REDUCE_CUH
 #define FUSEWISE_ROW_REDUCE_CUH
 
+#include "cluster.cuh"
 #include "slots.cuh"
 
 namespace fusewise {
@@ -65,20 +66,27 @@ FW_DEVICE float warp_max(float value, int width) {
   return value;
 }
 
-// Puts this warp's number where every block of the row finds it.
+// What sharing needs besides the number: by all threads, once a turn, before. Where this lane sends.
 template <int kBlocks>
-FW_DEVICE void share_over_row(RowNumbers<kBlocks>& numbers, int turn, float warp_value) {
-  const int warp = thread_index() / kWarp;
-  const int lane = thread_index() % kWarp;
+FW_DEVICE ClusterPlace expect_over_row(RowNumbers<kBlocks>& numbers, int turn) {
+  if (kBlocks == 1) return {};
   const int warps = thread_count() / kWarp;
-  if (kBlocks == 1) {
-    if (lane == 0) numbers.buffer(turn)[warp] = warp_value;
-    return;
-  }
   Inbox& inbox = numbers.inboxes[turn % 2];
   if (thread_index() == 0) inbox_expect(inbox, kBlocks * warps * sizeof(float));
-  float* place = numbers.buffer(turn) + cluster_rank() * warps + warp;
-  if (lane < kBlocks) send_in_cluster(place, inbox, lane, warp_value);
+  float* mine = numbers.buffer(turn) + cluster_rank() * warps + thread_index() / kWarp;
+  return place_in_cluster(mine, inbox, thread_index() % kBlocks);
+}
+
+// Puts this warp's number where every block of the row finds it.
+template <int kBlocks>
+FW_DEVICE void share_over_row(RowNumbers<kBlocks>& numbers, int turn, ClusterPlace place,
+                              float warp_value) {
+  const int lane = thread_index() % kWarp;
+  if (kBlocks > 1) {
+    if (lane < kBlocks) send_in_cluster(place, warp_value);
+  } else if (lane == 0) {
+    numbers.buffer(turn)[thread_index() / kWarp] = warp_value;
+  }
 }
 
 // All threads of the row call it, between sharing and reading.
@@ -97,18 +105,24 @@ template <int kBlocks>
 FW_DEVICE float total_over_row(RowNumbers<kBlocks>& numbers, int turn) {
   const int count = kBlocks * (thread_count() / kWarp);
   const float* buffer = numbers.buffer(turn);
-  float part[4];
+  float part[4] = {};
   FW_UNROLL
-  for (int i = 0; i < 4; ++i) part[i] = i < count ? buffer[i] : 0.0f;
-  FW_UNROLL
-  for (int i = 4; i < count; ++i) part[i % 4] += buffer[i];
+  for (int i = 0; i < count; i += 4) {
+    const Words four = load_shared(buffer + i);
+    FW_UNROLL
+    for (int j = 0; j < 4; ++j) {
+      const float value = i + j < count ? float_of(four.word[j]) : 0.0f;
+      part[j] = i == 0 ? value : part[j] + value;
+    }
+  }
   return (part[0] + part[1]) + (part[2] + part[3]);
 }
 
 // The largest over the row, NaN if there is one. All threads of the row call it.
 template <int kBlocks>
 FW_DEVICE float row_max(RowNumbers<kBlocks>& numbers, int turn, float value) {
-  share_over_row(numbers, turn, warp_max(value, kWarp));
+  const ClusterPlace place = expect_over_row(numbers, turn);
+  share_over_row(numbers, turn, place, warp_max(value, kWarp));
   meet_over_row(numbers, turn);
   const int count = kBlocks * (thread_count() / kWarp);
   const float* buffer = numbers.buffer(turn);
