@@ -12,6 +12,7 @@ but the bound.
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import json
 import os
 import random
@@ -38,6 +39,7 @@ def rank_main(rank: int, world_size: int, folder: str, seed: int, pipe: Any) -> 
 
     from fusewise.ranks.place import PLACES
 
+    faulthandler.register(signal.SIGUSR1)  # where it hangs, also with the interpreter's lock held
     os.environ.update(PLACES["shared"].environment)
     torch.set_num_threads(1)
     torch.cuda.set_device(0)
@@ -136,6 +138,8 @@ def _kill(
             continue
         left_s = BOUND_S - (time.monotonic() - began_s)
         if not pipe.poll(max(0.0, left_s)):
+            os.kill(processes[rank].pid, signal.SIGUSR1)
+            time.sleep(0.5)
             return row | {"verdict": f"rank {rank} hangs"}
         try:
             _, kind, text, phase, wrong = pipe.recv()

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from virtual_floors import FLOORS, floor_edit
 
 from fusewise.backends.native.cuda.build import SOURCES, compile_instance
 from fusewise.backends.native.cuda.launch import Kernels
@@ -34,48 +35,6 @@ STRATEGIES = {
     "two_shot": (two_shot, SlotLayout.two_shot),
 }
 Code = Callable[[Instance], bytes]
-_BODY = "one_shot<OneShotConfig"  # where the floors replace one_shot.cu's only statement
-_EXCHANGE = """
-  const GroupParams& group = params.group;
-  const unsigned vectors = {vectors};
-  const unsigned lane = thread_index() % kWarp;
-  const unsigned warps = block_count() * thread_count() / kWarp;
-  dependency_wait();
-  {early}
-  unsigned unit = (block_index() * thread_count() + thread_index()) / kWarp;
-  for (; unit * kWarp < vectors; unit += warps) {{
-    const unsigned vector = unit * kWarp + lane;
-    const bool used = vector < vectors;
-    Words own = {{}};
-    if (used) own = canonical(load_words((const char*)params.x + vector * kVectorBytes));
-    const unsigned epoch = load_word(group.epochs + unit);
-    const auto offset = slot_offset<FW_WORLD>(unit, lane) + epoch % 2 * kSourcesBytes<FW_WORLD>;
-    warp_barrier();
-    if (used) push_to_peers<FW_WORLD>(group, offset, own);
-    if (lane == 0) store_word(group.epochs + unit, epoch + 1);
-    Arrival<FW_WORLD> peers;
-    peers.slot = group.slots + offset;
-    if (used) peers.ask();
-    if (used || peers.kTogether) peers.await(group, 0, epoch & 1u, used);
-    if (!used) continue;
-    peers.empty();
-    store_words((char*)params.output.out + vector * kVectorBytes, peers.got[0]);
-  }}
-  {late}
-"""
-_TRIGGER = "dependents_launch();"
-_ALL = "params.num_tokens * (FW_ROW_VECTORS ? FW_ROW_VECTORS : params.row_vectors)"
-FLOORS = {
-    "empty": f"dependency_wait(); {_TRIGGER}",
-    "exchange": _EXCHANGE.format(vectors="kWarp", early=_TRIGGER, late=""),
-    "exchange:late": _EXCHANGE.format(
-        vectors="kWarp", early="", late=f"warp_barrier(); {_TRIGGER}"
-    ),
-    "exchange:all": _EXCHANGE.format(vectors=_ALL, early=_TRIGGER, late=""),
-    "exchange:all:late": _EXCHANGE.format(
-        vectors=_ALL, early="", late=f"block_barrier(); {_TRIGGER}"
-    ),
-}
 
 
 @dataclass(frozen=True)
@@ -243,11 +202,10 @@ def floor(name: str) -> Patch:
     """A kernel that does nothing, or exchanges one vector per lane of one warp, or all of the
     message in the launch that ours has; with the trigger right behind the wait, or like the shipped
     kernels' at the end."""
-    text = (SOURCES / "one_shot.cu").read_text()
-    body = text[text.index(_BODY) : text.index("}", text.index(_BODY))]
-    edits = (("one_shot.cu", body, FLOORS[name]),)
+    edits = (floor_edit(name),)
     if ":all" in name:
-        return Patch("one_shot", edits, instance={"early_trigger": "late" not in name})
+        instance = {"vectors": 1, "early_trigger": "late" not in name}
+        return Patch("one_shot", edits, instance=instance)
     launch = {"threads": WARP, "workers": 1}
     return Patch("one_shot", edits, instance={"vectors": 1, "blocks": 1}, launch=launch)
 

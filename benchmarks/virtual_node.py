@@ -28,7 +28,8 @@ from typing import Any
 os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")  # one hardware queue per stream
 
 import torch
-from virtual_arms import FLOORS, Arm, Node, Patch, flashinfer, floor, launch_shape, native
+from virtual_arms import Arm, Node, Patch, flashinfer, floor, launch_shape, native
+from virtual_floors import FLOORS
 from virtual_streams import streams_of
 from virtual_summary import tables, targets
 

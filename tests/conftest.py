@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import gc
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +16,10 @@ import pytest
 import typer.testing
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # read with torch; tests' processes fill the cores
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    # A shell starts what it runs in the background so, and children inherit it: those that a test
+    # interrupts would not hear it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 gc.disable()  # while tests are collected: modules are not garbage, and collecting is not free
 
 

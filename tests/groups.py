@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import types
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -31,6 +32,9 @@ class MirrorGroup(Group):
     def gather(self, phase: str, value: Any) -> list[Any]:
         self.phases.append(phase)
         return [value, *[self._other or value] * (self.world_size - 1)]
+
+    def bounded_store(self) -> nullcontext[None]:  # type: ignore[override]
+        return nullcontext()
 
 
 class Room:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.distributed_c10d import _get_process_group_store
 
 from fusewise.backends import shm
 from fusewise.errors import DisagreementError, RankError, RankTimeoutError, WorkspaceError
@@ -46,6 +47,13 @@ def _faults(rank: int) -> dict[str, Any]:
     group.barrier("rank 0 gave up")
     if rank == 1:
         found["late"] = _caught(DisagreementError, apart.unanimous, "a cap", 1)
+
+    store = _get_process_group_store(group.process_group)
+    usual, began = store.timeout, time.monotonic()
+    with apart.bounded_store():
+        found["a provider's wait"] = _caught(RuntimeError, store.get, "what no rank says")
+    found["a provider waited_s"] = time.monotonic() - began
+    found["as before"] = store.timeout == usual
 
     huge = Shape(1, 2**42, "float32")
     found["no shared memory"] = _caught(WorkspaceError, shm.OneShot, Group(timeout_s=20), huge)
@@ -107,3 +115,10 @@ def test_a_rank_that_does_not_come_is_named_within_the_bound() -> None:
     assert "is closed" in found["shm dead"]
     assert "no answer from [1]" in found["timeout"]
     assert 1.5 < found["waited_s"] < 15
+
+
+def test_what_a_provider_awaits_over_torchs_store_is_bounded_too() -> None:
+    for found in faults():
+        assert "imeout" in found["a provider's wait"]
+        assert found["a provider waited_s"] < 15  # torch's own bound is minutes
+        assert found["as before"]

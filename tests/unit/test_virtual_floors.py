@@ -12,7 +12,8 @@ from fusewise.shape import Shape
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
-from virtual_arms import FLOORS, floor, launch_shape
+from virtual_arms import floor, launch_shape
+from virtual_floors import FLOORS
 
 pytestmark = pytest.mark.skipif(missing_compiler() is not None, reason="needs cuda.core")
 

@@ -70,7 +70,8 @@ class _SymmMem(Backend):
     def _rendezvous(self, buffer: Tensor) -> Any:
         from torch.distributed import _symmetric_memory
 
-        return _symmetric_memory.rendezvous(buffer, self.group.process_group)
+        with self.group.bounded_store():
+            return _symmetric_memory.rendezvous(buffer, self.group.process_group)
 
     def admits(self, shape: Shape) -> str | None:
         if shape.dtype not in _DTYPES:

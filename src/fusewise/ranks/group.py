@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import weakref
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,8 @@ from fusewise.errors import DisagreementError, RankError, RankTimeoutError, Unav
 from fusewise.ranks.place import shares_gpus
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from torch.distributed import ProcessGroup
     from torch.distributed.distributed_c10d import Store
 
@@ -206,6 +209,22 @@ class Group:
         except RuntimeError:  # as in gather
             return f"rank {self.ranks[self.rank]} heard nothing from rank {self.ranks[0]}"
         return ""
+
+    @contextmanager
+    def bounded_store(self) -> Iterator[None]:
+        """While a provider waits for the peers over torch's store itself: ``timeout_s`` ends that.
+
+        torch's own bound is the process group's, half an hour by default, and it may keep the
+        interpreter's lock that long. The group's store belongs to the whole process: whoever else
+        waits in it without a bound of his own has this one meanwhile.
+        """
+        store = dist.distributed_c10d._get_process_group_store(self.process_group)
+        before = store.timeout  # type: ignore[attr-defined]  # missing in its stub
+        store.set_timeout(timedelta(seconds=self.timeout_s))
+        try:
+            yield
+        finally:
+            store.set_timeout(before)
 
     def __str__(self) -> str:
         return f"group of ranks {self.ranks}"

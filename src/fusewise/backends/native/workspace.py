@@ -213,7 +213,8 @@ def _symmetric_bytes(size_bytes: int, device: torch.device) -> Tensor:
 def _rendezvous(buffer: Tensor, group: Group) -> Any:
     from torch.distributed import _symmetric_memory
 
-    return _symmetric_memory.rendezvous(buffer, group.process_group)
+    with group.bounded_store():
+        return _symmetric_memory.rendezvous(buffer, group.process_group)
 
 
 def _mapped_words(count: int) -> Tensor:
