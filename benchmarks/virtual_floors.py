@@ -10,7 +10,7 @@ from fusewise.backends.native.cuda.build import SOURCES
 
 _BODY = "one_shot<OneShotConfig"  # where the floors replace one_shot.cu's only statement
 # What ours reads before the wait for the kernel before, these must too: 64 bytes of parameters take
-# 0.2 µs when they are first read.
+# some 300 cycles when they are first read.
 _EXCHANGE = """
   const GroupParams& group = params.group;
   const unsigned lane = thread_index() % kWarp;

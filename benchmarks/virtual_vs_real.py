@@ -26,8 +26,9 @@ from fusewise.shape import Shape, format_size
 # The model of docs/kernels.md. At two ranks alpha and beta come from two H100s, so there the model
 # is a fit (benchmarks/results/two_gpus); the rest is predicted: alpha by what one-shot took longer
 # on four and eight virtual ranks, delta by what two-shot did (benchmarks/results/one_gpu).
-ALPHA_US = {2: 2.4, 4: 2.9, 8: 3.8}
-DELTA_US, BETA_GBPS = 0.7, 354.0
+ALPHA_US = {2: 2.4, 4: 3.0, 8: 3.8}
+DELTA_US = {4: 0.6, 8: 0.7}
+BETA_GBPS = 354.0
 # FlashInfer's one-shot, a line through what vLLM issue 44079 reports of it for eight H200s (the
 # profile nvidia-h200-tp8), every rank sending the message to every peer. Extrapolated elsewhere.
 FLASHINFER_ALPHA_US, FLASHINFER_BETA_GBPS = 5.9, 306.0
@@ -119,10 +120,12 @@ def measured_times(document: Mapping[str, Any]) -> Times:
 def model(point: Point) -> Pair:
     """What the model says: the better of our strategies, and FlashInfer's one-shot."""
     ranks, size = point.world_size, point.message_bytes / 1e3  # bytes ÷ GB/s = ns
-    one_shot = ALPHA_US[ranks] + (ranks - 1) * size / BETA_GBPS
-    two_shot = ALPHA_US[ranks] + DELTA_US + 2 * (ranks - 1) / ranks * size / BETA_GBPS
+    ours = ALPHA_US[ranks] + (ranks - 1) * size / BETA_GBPS
+    if ranks > 2:
+        two_shot = ALPHA_US[ranks] + DELTA_US[ranks] + 2 * (ranks - 1) / ranks * size / BETA_GBPS
+        ours = min(ours, two_shot)
     theirs = FLASHINFER_ALPHA_US + (ranks - 1) * size / FLASHINFER_BETA_GBPS
-    return Pair(min(one_shot, two_shot) if ranks > 2 else one_shot, theirs)
+    return Pair(ours, theirs)
 
 
 def virtual_at(times: Times, point: Point) -> Pair:
