@@ -15,6 +15,7 @@ struct Inbox {
   alignas(8) unsigned long long state;
 };
 
+// A variable of another block and its inbox, as that block's shared memory is addressed from here.
 struct ClusterPlace {
   unsigned word;
   unsigned inbox;

@@ -117,7 +117,7 @@ FW_DEVICE void finish_row(const OneShotParams& p, RowShared<Config::kBlocks>& sh
                           const Arrival<Config::kWorld> (&peers)[Config::kVectors],
                           Words (&weight)[Config::kVectors]) {
   using Type = typename Config::Type;
-  warp_barrier();  // or the compiler, who cannot know it, asks at each shuffle whether all are here
+  warp_barrier();  // or the compiler, which cannot know it, asks at each shuffle whether all are here
   float squares = part.owns(0) ? sum_of_squares<Type>(total[0]) : 0.0f;
   FW_UNROLL
   for (int i = 1; i < Config::kVectors; ++i) {
