@@ -45,6 +45,8 @@ INSTANCES = [
     Instance("two_shot", "bfloat16", 4, 2, blocks=4, row_vectors=65),
     Instance("two_shot", "bfloat16", 4, 2, one_pass=True, row_vectors=65),
     Instance("two_shot", "float16", 8, blocks=2, one_pass=True, row_vectors=300),
+    Instance("two_shot", "bfloat16", 8, blocks=2, one_pass=True, row_vectors=360),  # equal shards
+    Instance("two_shot", "bfloat16", 4, one_pass=True, row_vectors=128),  # and full units
     Instance("two_shot", "bfloat16", 8, 2, row_vectors=33),
     # Blocks that share a tile.
     Instance("two_shot", "bfloat16", 2, blocks=2),
