@@ -94,3 +94,26 @@ def test_ranks_do_not_outlive_a_killed_supervisor(tmp_path: Path) -> None:
     process.kill()
     _end(process)
     assert _gone(tmp_path)
+
+
+@pytest.mark.parametrize("lost", ["2>&-", "2>/dev/full", "2>&1 >OUT | head -c 1 >/dev/null"])
+def test_a_tune_outlives_the_reader_of_its_progress(lost: str, tmp_path: Path) -> None:
+    tune = f"{sys.executable} -m fusewise tune --budget 1s -e 8K --rounds 5"
+    line = f"set -o pipefail; {tune} {lost}".replace("OUT", str(tmp_path / "out"))
+    environment = os.environ | {"FUSEWISE_HOME": str(tmp_path)}
+    done = subprocess.run(
+        ["bash", "-c", line], env=environment, stdout=subprocess.PIPE, timeout=60, check=True
+    )
+    said = done.stdout or (tmp_path / "out").read_bytes()
+    assert b"Measurements" in said and b"fusewise:" not in said
+    assert list((tmp_path / "profiles").glob("*.json"))
+
+
+@pytest.mark.parametrize("words", ["profile export nvidia-h200-tp8", "report -o -", "--help"])
+def test_a_stdout_that_takes_nothing_is_an_error_in_one_line(words: str) -> None:
+    for lost in (">&-", ">/dev/full") if words != "--help" else (">/dev/full",):
+        line = f"FUSEWISE_PROFILE=nvidia-h200-tp8 {sys.executable} -m fusewise {words} {lost}"
+        done = subprocess.run(
+            ["bash", "-c", line], stderr=subprocess.PIPE, text=True, timeout=60, check=False
+        )
+        assert (done.returncode, done.stderr.count("\n")) == (3, 1), done.stderr

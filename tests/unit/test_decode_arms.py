@@ -6,6 +6,7 @@ import pytest
 
 from fusewise.decode.arms import Arm, arms_for, profile_without
 from fusewise.decode.config import DecodeSettings
+from fusewise.decode.models import check_split, shape_named
 from fusewise.decode.results import document, records, section
 from fusewise.engines import audit as auditing
 from fusewise.engines.vllm.dispatch import VllmSettings
@@ -128,8 +129,8 @@ def test_the_document_keeps_every_round() -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        {"model": "gpt"}, {"num_layers": 0}, {"batches": (0,)}, {"batches": ()}, {"steps": 0},
-        {"repeats": 4}, {"context": 0}, {"prefill_tokens": (2**21,)},
+        {"model": "gpt"}, {"num_layers": 0}, {"num_layers": 3}, {"batches": (0,)}, {"batches": ()},
+        {"steps": 0}, {"repeats": 4}, {"context": 0}, {"prefill_tokens": (2**21,)},
     ],
 )  # fmt: skip
 def test_settings_out_of_range_are_refused(change: dict[str, object]) -> None:
@@ -140,3 +141,13 @@ def test_settings_out_of_range_are_refused(change: dict[str, object]) -> None:
     DecodeSettings(**good)  # type: ignore[arg-type]
     with pytest.raises(InputError):
         DecodeSettings(**(good | change))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("world_size", "fits"), [(2, True), (3, False), (4, False)])
+def test_heads_are_shared_out_evenly_or_not_at_all(world_size: int, fits: bool) -> None:
+    shape = shape_named("tiny")  # 4 heads, 2 of keys and values
+    if fits:
+        check_split(shape, world_size)
+        return
+    with pytest.raises(InputError, match="expected 2 ranks"):
+        check_split(shape, world_size)

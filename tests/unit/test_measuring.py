@@ -113,3 +113,8 @@ def test_progress_counts_and_says_how_long_it_will_take(
     assert [line.partition("bfloat16")[2] for line in capsys.readouterr().err.splitlines()] == [
         "", ", about 30 s left", ", about 7 s left",
     ]  # fmt: skip
+
+
+def test_what_fails_inside_is_no_fault_of_the_lock(lock: Path) -> None:
+    with pytest.raises(PermissionError, match="not the lock"), measuring.alone():
+        raise PermissionError("not the lock")

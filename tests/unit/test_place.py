@@ -75,3 +75,9 @@ def test_a_shared_gpu_has_no_fabric(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (apart.kind, apart.fabric) == ("cuda", "nv18")
     assert (shared.kind, shared.fabric, shared.multicast) == ("shared", "shared", False)
     assert apart.differences(shared, ("fabric",))
+
+
+def test_torchruns_variables_are_numbers_or_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "x")
+    with pytest.raises(InputError, match="RANK is not what torchrun sets"):
+        teams.torchrun_team(2, 1.0)

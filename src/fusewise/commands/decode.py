@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 
 import fusewise
+from fusewise.backends.registry import select
 from fusewise.commands.measuring import alone
 from fusewise.commands.options import (
     INTERRUPTED,
@@ -38,7 +39,7 @@ from fusewise.decode.config import (
     Compiler,
     DecodeSettings,
 )
-from fusewise.decode.models import shape_named
+from fusewise.decode.models import check_split, shape_named
 from fusewise.decode.results import Row, document, section
 from fusewise.engines.base import EngineSettings
 from fusewise.engines.registry import engine_named
@@ -125,6 +126,8 @@ def decode(
         context=context,
         compiler=compiler or ("inductor" if gpu else "interpreted"),
     )
+    check_split(shape_named(settings.model), team.world_size)
+    select(words(without))  # as they will be; an unknown name now, not when the tune has ended
     node = team.node()
     cap_bytes = parse_size(engine_cap) if engine_cap is not None else None
     arms = arms_for(

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import typer
@@ -48,24 +48,27 @@ def alone() -> Iterator[None]:
 
 @contextmanager
 def _lock(file: Path, wait_s: float) -> Iterator[None]:
+    with ExitStack() as held:
+        _take(held, file, wait_s)
+        yield
+
+
+def _take(held: ExitStack, file: Path, wait_s: float) -> None:
+    """Enters the lock into ``held``."""
     try:
-        with private.try_lock(file, 0.0) as free:
-            if free:
-                yield
-                return
+        if held.enter_context(private.try_lock(file, 0.0)):
+            return
         who = _holder(file)
         typer.echo(
             f"fusewise: another fusewise{who} is measuring this machine; waiting up to "
             f"{wait_s / 60:g} min for it to end",
             err=True,
         )
-        with private.try_lock(file, wait_s) as free:
-            if not free:
-                raise UnavailableError(
-                    f"another fusewise{who} is still measuring this machine",
-                    hint="Two at once would disturb each other. Run this again when it has ended.",
-                )
-            yield
+        if not held.enter_context(private.try_lock(file, wait_s)):
+            raise UnavailableError(
+                f"another fusewise{who} is still measuring this machine",
+                hint="Two at once would disturb each other. Run this again when it has ended.",
+            )
     except OSError as error:
         raise UnavailableError(
             f"cannot lock {file}",

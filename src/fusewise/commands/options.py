@@ -93,9 +93,13 @@ def write(sections: Sequence[Section], fmt: Format, main: str | None = None) -> 
 
     ``main``: the name of the one table that CSV holds; by default the first.
     """
+    write_text(render_sections(sections, fmt, main=main))
+
+
+def write_text(text: str) -> None:
+    """A text to stdout, as ``write`` does it."""
     if sys.stdout is None:
         raise UnavailableError("stdout is closed", hint="Redirect it to a file or a pipe.")
-    text = render_sections(sections, fmt, main=main)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal without µ still gets its table
     sys.stdout.write(text if text.endswith("\n") else text + "\n")
@@ -113,7 +117,9 @@ def integers(text: str | None, default: Sequence[int]) -> tuple[int, ...]:
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isdecimal() and len(part) < 10 and int(part) > 0 for part in parts):
         raise InputError(
-            "not a list of sizes", expected="numbers such as 2048,4096", got=repr(text[:80])
+            "not a list of sizes",
+            expected="numbers from 1 to 999999999, such as 2048,4096",
+            got=repr(text[:80]),
         )
     return tuple(int(part) for part in parts)
 

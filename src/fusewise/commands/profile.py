@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -18,6 +17,7 @@ from fusewise.commands.options import (
     own_name,
     tell,
     write,
+    write_text,
 )
 from fusewise.errors import FusewiseError
 from fusewise.profiles import history, shelf, store
@@ -178,8 +178,7 @@ def export(
     """
     profile = named_profile(name, dtype, tp)
     if into is None:
-        sys.stdout.write(profile.to_json())
-        sys.stdout.flush()
+        write_text(profile.to_json())
         return
     new = not into.exists()
     path = history.replace(profile, into)

@@ -7,7 +7,13 @@ from typing import Annotated
 
 import typer
 
-from fusewise.commands.options import bordered, check_output, resolve_or_fail, tell
+from fusewise.commands.options import (
+    bordered,
+    check_output,
+    resolve_or_fail,
+    tell,
+    write_text,
+)
 from fusewise.commands.question import Question, asks
 from fusewise.profiles.plan import derive
 
@@ -43,7 +49,7 @@ def report(
         advice = [of_engine(question.engine_name, profile, settings, found.level, explicit)]
     text = page(profile, derive(profile), advice=advice)
     if output == _STDOUT:
-        typer.echo(text, nl=False)
+        write_text(text)
         return
     output.write_text(text, encoding="utf-8")
     tell([f"wrote {output}"])

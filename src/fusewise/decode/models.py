@@ -7,6 +7,7 @@ it. Nothing is downloaded: shapes come from here, weights from a seeded generato
 from __future__ import annotations
 
 import inspect
+import math
 import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -71,16 +72,35 @@ def shape_named(name: str, num_layers: int | None = None) -> ModelShape:
     """A known shape, with fewer layers if asked for.
 
     Raises:
-        InputError: no such shape, or fewer than one layer.
+        InputError: no such shape, or no such number of layers.
     """
     if name not in SHAPES:
         raise InputError("unknown model", expected=f"one of {', '.join(SHAPES)}", got=repr(name))
     shape = SHAPES[name]
     if num_layers is None:
         return shape
-    if num_layers < 1:
-        raise InputError("layers out of range", expected=">= 1", got=str(num_layers))
+    if not 1 <= num_layers <= shape.num_layers:
+        expected = f"1 to {shape.num_layers}, of {name}"
+        raise InputError("layers out of range", expected=expected, got=str(num_layers))
     return ModelShape(shape.name, shape.family, shape.hidden_size, num_layers, shape.settings)
+
+
+def check_split(shape: ModelShape, world_size: int) -> None:
+    """Whether the model's heads can be shared out to so many ranks.
+
+    Raises:
+        InputError: not evenly; names the numbers that can.
+    """
+    names = ("num_attention_heads", "num_key_value_heads")
+    most = math.gcd(*(int(shape.settings[name]) for name in names))
+    if most % world_size:
+        fitting = [str(n) for n in range(2, most + 1) if most % n == 0]
+        raise InputError(
+            f"the heads of {shape.name} cannot be shared out",
+            expected=f"{' or '.join(fitting)} ranks",
+            got=str(world_size),
+            hint="Pass --tp, or another --model.",
+        )
 
 
 def build_model(

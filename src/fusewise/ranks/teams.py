@@ -88,9 +88,9 @@ def torchrun_team(world_size: int | None, timeout_s: float) -> Team:
 
     from fusewise.ranks.group import Group
 
-    rank, total = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    local_rank = int(os.environ.get("LOCAL_RANK", rank))
-    size = world_size or int(os.environ.get("LOCAL_WORLD_SIZE", total))
+    rank, total = _torchruns("RANK"), _torchruns("WORLD_SIZE")
+    local_rank = _torchruns("LOCAL_RANK", rank)
+    size = world_size or _torchruns("LOCAL_WORLD_SIZE", total)
     _check_several(size)
     if total % size:
         raise InputError(
@@ -99,7 +99,7 @@ def torchrun_team(world_size: int | None, timeout_s: float) -> Team:
             got=str(size),
             hint="Pass --tp with a divisor, or change --nproc-per-node.",
         )
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    here = _torchruns("LOCAL_WORLD_SIZE", 1)
     place = place_for(here) if gpu_count() else PLACES["cpu"]
     dist.init_process_group("gloo", timeout=timedelta(seconds=timeout_s))
     world = Group(device="cpu", timeout_s=timeout_s)
@@ -109,6 +109,16 @@ def torchrun_team(world_size: int | None, timeout_s: float) -> Team:
     spread = len(set(hosts))
     host = "127.0.0.1" if spread == 1 else hosts[0]
     return Team(size, (peers.rank,), (local_rank,), place, peers, world, host, spread)
+
+
+def _torchruns(name: str, default: int | None = None) -> int:
+    text = os.environ.get(name, "" if default is None else str(default))
+    if not text.isdecimal():
+        raise InputError(
+            f"{name} is not what torchrun sets", expected="a whole number", got=repr(text[:40]),
+            hint="Start with torchrun, or unset RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT.",
+        )  # fmt: skip
+    return int(text)
 
 
 def _check_several(ranks: int) -> None:
