@@ -88,9 +88,11 @@ def torchrun_team(world_size: int | None, timeout_s: float) -> Team:
 
     from fusewise.ranks.group import Group
 
-    rank, total = _torchruns("RANK"), _torchruns("WORLD_SIZE")
-    local_rank = _torchruns("LOCAL_RANK", rank)
-    size = world_size or _torchruns("LOCAL_WORLD_SIZE", total)
+    rank = _whole("RANK", os.environ["RANK"])
+    total = _whole("WORLD_SIZE", os.environ["WORLD_SIZE"])
+    local_rank = _whole("LOCAL_RANK", os.environ.get("LOCAL_RANK", str(rank)))
+    here = _whole("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "0"))
+    size = world_size or here or total
     _check_several(size)
     if total % size:
         raise InputError(
@@ -99,8 +101,7 @@ def torchrun_team(world_size: int | None, timeout_s: float) -> Team:
             got=str(size),
             hint="Pass --tp with a divisor, or change --nproc-per-node.",
         )
-    here = _torchruns("LOCAL_WORLD_SIZE", 1)
-    place = place_for(here) if gpu_count() else PLACES["cpu"]
+    place = place_for(here or 1) if gpu_count() else PLACES["cpu"]
     dist.init_process_group("gloo", timeout=timedelta(seconds=timeout_s))
     world = Group(device="cpu", timeout_s=timeout_s)
     teams = [dist.new_group(list(range(t, t + size))) for t in range(0, total, size)]
@@ -111,8 +112,7 @@ def torchrun_team(world_size: int | None, timeout_s: float) -> Team:
     return Team(size, (peers.rank,), (local_rank,), place, peers, world, host, spread)
 
 
-def _torchruns(name: str, default: int | None = None) -> int:
-    text = os.environ.get(name, "" if default is None else str(default))
+def _whole(name: str, text: str) -> int:
     if not text.isdecimal():
         raise InputError(
             f"{name} is not what torchrun sets", expected="a whole number", got=repr(text[:40]),
