@@ -146,3 +146,11 @@ def test_without_cuda_core_the_reason_names_the_package(monkeypatch: pytest.Monk
     monkeypatch.setattr(build.importlib.util, "find_spec", lambda name: None)
     reason = build.missing_compiler()
     assert reason is not None and 'pip install "fusewise[cuda]"' in reason
+
+
+def test_what_lies_in_a_folder_that_cannot_be_written_is_found(
+    cache: CubinCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache.folder.chmod(0o500)
+    monkeypatch.setattr(os, "access", lambda *_: False)  # as root would not be told
+    assert CubinCache(cache.folder).get(KEY) == CODE

@@ -46,7 +46,7 @@ def test_one_failing_rank_fails_all(
         workspace, "_symmetric_bytes",
         fails_at("allocate", lambda size, device: torch.empty(64, dtype=torch.uint8)),
     )  # fmt: skip
-    monkeypatch.setattr(workspace, "_rendezvous", fails_at("rendezvous", lambda b, g: handle))
+    monkeypatch.setattr(workspace, "rendezvous", fails_at("rendezvous", lambda b, g: handle))
     words = fails_at("status", lambda n: torch.zeros(n, dtype=torch.int32))
     monkeypatch.setattr(workspace, "_mapped_words", words)
     monkeypatch.setattr(Kernels, "prepare", fails_at("compile", lambda *a: None))

@@ -276,3 +276,12 @@ def test_packaged_profiles_are_all_valid_and_found_by_name() -> None:
         assert store.load(name).provenance.origin == "published"
     with pytest.raises(ProfileError, match="nvidia-h200-tp8"):
         store.load("nvidia-h2000")
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    history.private_directory(tmp_path / "profiles")
+    monkeypatch.setattr(os, "access", lambda *_: False)  # as root would not be told
+    with pytest.raises(UnavailableError, match="cannot be written.*--into"):
+        history.private_directory(tmp_path / "profiles")

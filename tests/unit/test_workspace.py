@@ -82,7 +82,7 @@ class Host:
         self.allocated: list[int] = []
         self.addresses = [4096 * (rank + 1) for rank in range(world_size)]
         monkeypatch.setattr(workspace, "_symmetric_bytes", self.allocate)
-        monkeypatch.setattr(workspace, "_rendezvous", self.rendezvous)
+        monkeypatch.setattr(workspace, "rendezvous", self.rendezvous)
         monkeypatch.setattr(workspace, "_mapped_words", lambda n: torch.zeros(n, dtype=torch.int32))
 
     def allocate(self, size_bytes: int, device: torch.device) -> torch.Tensor:
@@ -114,7 +114,7 @@ def test_it_is_empty_and_mapped_after_a_vote(monkeypatch: pytest.MonkeyPatch) ->
     [
         ("_mapped_words", "status"),
         ("_symmetric_bytes", "allocate"),
-        ("_rendezvous", "rendezvous"),
+        ("rendezvous", "rendezvous"),
     ],
 )
 def test_a_failing_step_names_the_rank_and_goes_no_further(
@@ -129,7 +129,7 @@ def test_a_failing_step_names_the_rank_and_goes_no_further(
     monkeypatch.setattr(workspace, step, refuse)
     with pytest.raises(WorkspaceError, match="rank 0: PermissionError: pidfd_getfd") as raised:
         Workspace(group, LAYOUT, "native")  # type: ignore[arg-type]
-    assert ("SYS_PTRACE" in str(raised.value)) is (step == "_rendezvous")
+    assert ("SYS_PTRACE" in str(raised.value)) is (step == "rendezvous")
     assert group.phases[-1] == f"native: {phase}"
 
 

@@ -6,7 +6,7 @@ step ends in a vote. Knows no provider.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from fusewise.backends.registry import backend_class
 from fusewise.errors import UnavailableError
@@ -14,12 +14,15 @@ from fusewise.errors import UnavailableError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from torch import Tensor
+
     from fusewise.backends.base import Backend
     from fusewise.node import Fingerprint
     from fusewise.ranks.group import Group
     from fusewise.shape import Shape
 
 T = TypeVar("T")
+PTRACE_HINT = "In a container, exchanging memory handles needs --cap-add=SYS_PTRACE; or use nccl."
 
 
 def build_backend(
@@ -72,6 +75,14 @@ def together(
     if failed or not result:
         raise kind("the backend cannot be built", got=failed, hint=hint) from error
     return result[0]
+
+
+def rendezvous(buffer: Tensor, group: Group) -> Any:
+    """torch's exchange of memory handles, a step for ``together``: every rank maps all buffers."""
+    from torch.distributed import _symmetric_memory
+
+    with group.bounded_store():
+        return _symmetric_memory.rendezvous(buffer, group.process_group)
 
 
 def not_on_one_host(nodes: int, world_size: int) -> str | None:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fusewise.backends.base import Backend
-from fusewise.backends.steps import not_on_one_host, together
+from fusewise.backends.steps import PTRACE_HINT, not_on_one_host, rendezvous, together
 from fusewise.errors import UnavailableError
 from fusewise.profiles.schema import Numerics
 
@@ -34,7 +34,6 @@ if TYPE_CHECKING:
 
 _VECTOR_BYTES = 16  # the widest access of torch's kernels; narrower sizes run other code
 _DTYPES = ("bfloat16", "float32")  # AT_DISPATCH_FLOAT_AND_BFLOAT16 in CUDASymmetricMemoryOps.cu
-_PTRACE_HINT = "In a container, exchanging memory handles needs --cap-add=SYS_PTRACE; or use nccl."
 
 
 class _SymmMem(Backend):
@@ -58,7 +57,7 @@ class _SymmMem(Backend):
         self._bytes = -(-max(max_shape.message_bytes, 1) // _VECTOR_BYTES) * _VECTOR_BYTES
         buffer = together(group, f"{self.id}: allocate", self._allocate)
         self._handle: Any = together(
-            group, f"{self.id}: rendezvous", lambda: self._rendezvous(buffer), hint=_PTRACE_HINT
+            group, f"{self.id}: rendezvous", lambda: rendezvous(buffer, group), hint=PTRACE_HINT
         )
         self._buffer: Tensor | None = buffer
 
@@ -66,12 +65,6 @@ class _SymmMem(Backend):
         from torch.distributed import _symmetric_memory
 
         return _symmetric_memory.empty(self._bytes, dtype=torch.uint8, device=self.group.device)
-
-    def _rendezvous(self, buffer: Tensor) -> Any:
-        from torch.distributed import _symmetric_memory
-
-        with self.group.bounded_store():
-            return _symmetric_memory.rendezvous(buffer, self.group.process_group)
 
     def admits(self, shape: Shape) -> str | None:
         if shape.dtype not in _DTYPES:

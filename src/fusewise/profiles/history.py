@@ -23,12 +23,14 @@ _STAMP = "%Y-%m-%dT%H-%M-%SZ"
 
 
 def private_directory(folder: Path) -> None:
-    """Makes sure that ``folder`` exists, is ours and that nobody else can write there.
+    """Makes sure that ``folder`` exists, is ours, and that we can write there and nobody else.
 
     Raises:
         UnavailableError: it is not, or cannot be made.
     """
     reason = private.why_not_private(folder, private.OTHERS_WRITE)
+    if reason is None and not os.access(folder, os.W_OK | os.X_OK):
+        reason = "cannot be written"
     if reason is not None:
         raise UnavailableError(
             f"cannot keep profiles in {folder}",

@@ -29,7 +29,7 @@ def variables_path(text: str) -> Path:
 
 
 def why_not_private(folder: Path, forbidden: int, *, follow: bool = True) -> str | None:
-    """Makes the folder if it is absent; why it is not ours alone, or not to be written, or None.
+    """Makes the folder if it is absent; why it is not ours alone, or None.
 
     Args:
         folder: to be created with mode 0700.
@@ -47,7 +47,7 @@ def why_not_private(folder: Path, forbidden: int, *, follow: bool = True) -> str
         return f"belongs to user {found.st_uid}"
     if found.st_mode & forbidden:
         return f"has mode {stat.S_IMODE(found.st_mode):o}, not {_PRIVATE:o}"
-    return None if os.access(folder, os.W_OK | os.X_OK) else "cannot be written"
+    return None
 
 
 def open_to_others(folder: Path) -> str | None:

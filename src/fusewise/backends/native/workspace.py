@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
 from fusewise.backends.native.cuda.params import DEAD_WORDS
 from fusewise.backends.native.instance import MAX_BLOCKS, UNIT_BYTES, VECTOR_BYTES
-from fusewise.backends.steps import together
+from fusewise.backends.steps import PTRACE_HINT, rendezvous, together
 from fusewise.errors import UnavailableError, WorkspaceError
 
 if TYPE_CHECKING:
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
 EMPTY_BYTE = 0xFF  # every byte of the sentinel 0xffffffff
 STATUS_WORDS = 8  # struct Status in cuda/slots.cuh needs five
-PTRACE_HINT = "In a container, exchanging memory handles needs --cap-add=SYS_PTRACE; or use nccl."
 
 
 _together = partial(together, kind=WorkspaceError)
@@ -111,7 +110,7 @@ class Region:
         self.layout = layout
         buffer, self.epochs = _together(group, f"{label}: allocate", lambda: self._allocate(group))
         self._handle = _together(
-            group, f"{label}: rendezvous", lambda: _rendezvous(buffer, group), PTRACE_HINT
+            group, f"{label}: rendezvous", lambda: rendezvous(buffer, group), PTRACE_HINT
         )
         self._buffer: Tensor | None = buffer
         self.slots = [int(pointer) for pointer in self._handle.buffer_ptrs]
@@ -208,13 +207,6 @@ def _symmetric_bytes(size_bytes: int, device: torch.device) -> Tensor:
     from torch._C._distributed_c10d import _SymmetricMemory
 
     return _SymmetricMemory.empty_strided_p2p((size_bytes,), (1,), torch.uint8, device)
-
-
-def _rendezvous(buffer: Tensor, group: Group) -> Any:
-    from torch.distributed import _symmetric_memory
-
-    with group.bounded_store():
-        return _symmetric_memory.rendezvous(buffer, group.process_group)
 
 
 def _mapped_words(count: int) -> Tensor:
