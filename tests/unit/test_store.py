@@ -283,5 +283,5 @@ def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_measured(
 ) -> None:
     history.private_directory(tmp_path / "profiles")
     monkeypatch.setattr(os, "access", lambda *_: False)  # as root would not be told
-    with pytest.raises(UnavailableError, match="cannot be written.*--into"):
+    with pytest.raises(UnavailableError, match=r"cannot be written.*--into"):
         history.private_directory(tmp_path / "profiles")
