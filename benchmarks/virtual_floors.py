@@ -32,10 +32,10 @@ _EXCHANGE = """
     if (used && lane == 0) store_word(group.epochs + unit, epoch + 1);
     Arrival<FW_WORLD> peers;
     peers.slot = group.slots + offset;
-    if (used) peers.ask();
-    if (used || peers.kTogether) peers.await(group, 0, epoch & 1u, used);
+    if (used) peers.ask(group, own);
+    peers.await(group, 0, epoch & 1u, used);
     if (used) peers.empty();
-    if (used) store_words(out, peers.got[0]);
+    if (used) store_words(out, peers.of[0]);
   }} while ({more});
   {late}
 """

@@ -207,6 +207,7 @@ inline float reciprocal_sqrt(float value) { return 1.0f / std::sqrt(value); }
 inline float reciprocal_sqrt_of_normal(float value) { return reciprocal_sqrt(value); }
 inline float absolute(float value) { return std::fabs(value); }
 inline unsigned smaller(unsigned a, unsigned b) { return std::min(a, b); }
+inline unsigned larger(unsigned a, unsigned b) { return std::max(a, b); }
 inline float max_or_nan(float a, float b) {
   return std::isnan(a) || std::isnan(b) ? float_of(0x7fffffffu) : std::fmax(a, b);
 }

@@ -38,12 +38,10 @@ STEPS = 3_000_000  # several times what a whole kernel needs; a stuck one uses t
 # file, what stands there, what stands there instead
 MUTANTS = {
     "none": ("slots.cuh", "", ""),
-    "last_word_only": (
-        "slots.cuh", "v.word[0] != kSentinel && v.word[1] != kSentinel", "v.word[3] != kSentinel",
-    ),
+    "last_words_only": ("slots.cuh", "larger(v.word[0], v.word[1])", "0"),
     "raw_sentinel": ("slots.cuh", "smaller(word, kCanonicalNan)", "word"),
     "lost_restore": (
-        "slots.cuh", "push_words(slot + j * kUnitBytes, empty_slot())", "(void)slot",
+        "slots.cuh", "push_words(slot + i * kUnitBytes, empty_slot())", "(void)slot",
     ),
     "phases_overlap": ("slots.cuh", "2 * kSourcesBytes<kWorld>", "kSourcesBytes<kWorld>"),
     "lost_partial": ("two_shot.cuh", "      push_word(slot, kSentinel);\n", ""),

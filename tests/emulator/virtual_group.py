@@ -23,6 +23,7 @@ from fusewise.backends.native.instance import (
     VECTOR_BYTES,
     WARP,
     Instance,
+    sources_of,
     units_per_row,
 )
 
@@ -102,7 +103,8 @@ class VirtualGroup:
         self.library, self.instances, self.world_size = library, instances, world_size
         self.unit_capacity, self.timeout = unit_capacity, timeout
         # Both strategies in one region, the widest of the two: more sharing than the backends do.
-        words = unit_capacity * (3 * (world_size - 1) * UNIT_BYTES // 4 + world_size * MAX_BLOCKS)
+        vectors = 3 * sources_of(world_size) * UNIT_BYTES // 4
+        words = unit_capacity * (vectors + world_size * MAX_BLOCKS)
         ranks = range(world_size)
         self.slots = [torch.full((words,), -1, dtype=torch.int32) for _ in ranks]
         self.epochs = [torch.zeros(unit_capacity, dtype=torch.int32) for _ in ranks]

@@ -21,7 +21,7 @@ MIB = 2**20
     ("world_size", "num_tokens", "hidden_size", "size_bytes"),
     [
         (2, 1, 2048, 2 * 4096),  # two phases from one peer
-        (8, 1, 2048, 2 * 7 * 4096),
+        (8, 1, 2048, 2 * 8 * 4096),  # two phases from every rank, its own free
         (2, 3, 2880, 2 * 3 * 12 * 512),  # 5760 bytes begin a twelfth unit
         (2, 1, 256, 2 * 512),  # exactly one unit
         (2, 1, 264, 2 * 1024),  # 16 bytes more
@@ -37,9 +37,9 @@ def test_size_of_one_shot(
 @pytest.mark.parametrize(
     ("world_size", "num_tokens", "hidden_size", "size_bytes"),
     [
-        (8, 1, 2048, 3 * 7 * 512 + 512),  # 32 vectors each: one unit; 128 bytes of partial sums
-        (8, 1, 2056, 3 * 7 * 1024 + 512),  # 33 vectors for the first ranks: a second unit
-        (4, 100, 2048, 3 * 3 * 200 * 512 + 12800),  # 200 units of 16 words
+        (8, 1, 2048, 3 * 8 * 512 + 512),  # 32 vectors each: one unit; 128 bytes of partial sums
+        (8, 1, 2056, 3 * 8 * 1024 + 512),  # 33 vectors for the first ranks: a second unit
+        (4, 100, 2048, 3 * 4 * 200 * 512 + 12800),  # 200 units of 16 words
     ],
 )
 def test_size_of_two_shot(

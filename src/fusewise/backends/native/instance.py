@@ -90,6 +90,11 @@ def block_limit(world_size: int, vectors: int) -> int:
     return max(size for size in _BLOCK_SIZES if size * registers <= _REGISTERS_PER_SM)
 
 
+def sources_of(world_size: int) -> int:
+    """Slots of one unit and phase (kSources in slots.cuh): one per rank, of two ranks one."""
+    return world_size if world_size > 2 else 1
+
+
 def vectors_per_row(shape: Shape) -> int:
     """16-byte vectors of one row; the row must be a whole number of them."""
     return shape.row_bytes // VECTOR_BYTES

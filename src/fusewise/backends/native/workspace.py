@@ -14,7 +14,12 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from fusewise.backends.native.cuda.params import DEAD_WORDS
-from fusewise.backends.native.instance import MAX_BLOCKS, UNIT_BYTES, VECTOR_BYTES
+from fusewise.backends.native.instance import (
+    MAX_BLOCKS,
+    UNIT_BYTES,
+    VECTOR_BYTES,
+    sources_of,
+)
 from fusewise.backends.steps import PTRACE_HINT, rendezvous, together
 from fusewise.errors import UnavailableError, WorkspaceError
 
@@ -70,7 +75,7 @@ class SlotLayout:
     @property
     def size_bytes(self) -> int:
         """Bytes of slots on each rank."""
-        vectors = (self.world_size - 1) * self.units * UNIT_BYTES
+        vectors = sources_of(self.world_size) * self.units * UNIT_BYTES
         if self.strategy == "one_shot":
             return 2 * vectors
         words = self.world_size * self.units * MAX_BLOCKS * 4

@@ -43,12 +43,13 @@ FW_DEVICE void send_row(const OneShotParams& p, const RowPart<Config>& part, int
 
 // Asks for the peers' parts, and raises the epochs.
 template <class Config>
-FW_DEVICE void ask_row(const RowPart<Config>& part, bool dead,
+FW_DEVICE void ask_row(const OneShotParams& p, const RowPart<Config>& part, bool dead,
                        const unsigned (&epoch)[Config::kVectors],
+                       const Words (&own)[Config::kVectors],
                        Arrival<Config::kWorld> (&peers)[Config::kVectors]) {
   FW_UNROLL
   for (int i = 0; i < Config::kVectors; ++i) {
-    if (Config::kAskAtOnce && part.used[i]) peers[i].ask();
+    if (Config::kAskAtOnce && part.used[i]) peers[i].ask(p.group, own[i]);
   }
   FW_UNROLL
   for (int i = 0; i < Config::kVectors; ++i) {
@@ -170,14 +171,14 @@ FW_DEVICE void run_row(const OneShotParams& p, RowShared<Config::kBlocks>& share
   ClusterPlace place = {};
   if (Config::kHasNorm && Config::kBlocks > 1 && turn == 0) cluster_wait();
   if (Config::kHasNorm) place = expect_over_row(shared.sums, turn);
-  ask_row<Config>(part, dead, epoch, peers);
+  ask_row<Config>(p, part, dead, epoch, own, peers);
   if (!Config::kEarlyLoads && has_residual) part.load(p.residual, residual);
   Floats<Type> total[kVectors];
   FW_UNROLL
   for (int i = 0; i < kVectors; ++i) {
-    if (!Config::kAskAtOnce && part.used[i]) peers[i].ask();
+    if (!Config::kAskAtOnce && part.used[i]) peers[i].ask(p.group, own[i]);
     if (part.used[i]) peers[i].await(p.group, row, epoch[0] % 2, !dead);
-    total[i] = sum_over_ranks<Type, Config::kWorld>(p.group.rank, peers[i].got, own[i]);
+    total[i] = peers[i].template sum<Type>();
     if (Config::kHasNorm) add<Type>(total[i], residual[i]);
   }
   if (Config::kHasNorm) {

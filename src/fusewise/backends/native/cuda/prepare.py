@@ -8,7 +8,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from fusewise.backends.native.cuda.params import GroupParams, OneShotParams, TwoShotParams
-from fusewise.backends.native.instance import UNIT_BYTES, Output, units_per_row, vectors_per_row
+from fusewise.backends.native.instance import (
+    UNIT_BYTES,
+    Output,
+    sources_of,
+    units_per_row,
+    vectors_per_row,
+)
 from fusewise.backends.native.variants import LaunchShape, variant
 from fusewise.backends.native.workspace import shard_vectors
 
@@ -48,9 +54,9 @@ def group_params(
         unit_capacity=units,
         rank=rank,
     )
+    source = rank % sources_of(len(slots))
     for i in range(len(slots) - 1):
-        peer = (rank + 1 + i) % len(slots)
-        params.peers[i] = slots[peer] + (rank - (rank > peer)) * UNIT_BYTES
+        params.peers[i] = slots[(rank + 1 + i) % len(slots)] + source * UNIT_BYTES
     return params
 
 

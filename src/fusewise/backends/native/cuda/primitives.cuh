@@ -193,6 +193,12 @@ FW_DEVICE unsigned smaller(unsigned a, unsigned b) {
   return least;
 }
 
+FW_DEVICE unsigned larger(unsigned a, unsigned b) {
+  unsigned largest;
+  asm("max.u32 %0, %1, %2;" : "=r"(largest) : "r"(a), "r"(b));
+  return largest;
+}
+
 // The larger; NaN if either is NaN.
 FW_DEVICE float max_or_nan(float a, float b) {
   float larger;

@@ -78,17 +78,29 @@ FW_DEVICE Words or_nan(Words v, bool nan) {
   return v;
 }
 
-FW_DEVICE bool complete(Words v) {
-  return v.word[0] != kSentinel && v.word[1] != kSentinel && v.word[2] != kSentinel &&
-         v.word[3] != kSentinel;
+// The sentinel is the largest number, so one comparison does for any number of words.
+FW_DEVICE unsigned largest_word(Words v) {
+  return larger(larger(v.word[0], v.word[1]), larger(v.word[2], v.word[3]));
 }
+
+FW_DEVICE bool complete(Words v) { return largest_word(v) != kSentinel; }
 
 FW_DEVICE Words empty_slot() { return Words{{kSentinel, kSentinel, kSentinel, kSentinel}}; }
 
-// A unit's slots in one phase, of all sources. They are neighbours, so a reader needs one address. No
-// rank is its own source: own data stays in registers.
+// A unit's slots in one phase: one per rank, neighbours, so that a reader needs one address. Own data stays
+// in registers; its slot is left free, so that where a rank's vector arrives does not depend on the reader.
+// Of two ranks there is one source only.
 template <int kWorld>
-constexpr unsigned kSourcesBytes = (kWorld - 1) * kUnitBytes;
+constexpr int kSources = kWorld > 2 ? kWorld : 1;
+
+template <int kWorld>
+constexpr unsigned kSourcesBytes = kSources<kWorld> * kUnitBytes;
+
+// A rank's number among the sources of its peers.
+template <int kWorld>
+FW_DEVICE int source_of(int rank) {
+  return kWorld > 2 ? rank : 0;
+}
 
 // Where vector `lane` of `unit` lies behind a rank's slots in phase 0, for its first source. Phase 1 of
 // the unit is right behind: kSourcesBytes further.
@@ -144,85 +156,73 @@ FW_DEVICE void give_up(const GroupParams& group, int row, unsigned phase, int pe
   push_word(&group.status->state, 1);
 }
 
-// One vector of each peer, where it arrives and what came. Ask for all that a thread needs before
-// awaiting any: the wait then costs one round trip, not many. After a time-out the missing words
-// are still the sentinel, a NaN: a dead group yields no number.
+// All ranks' vectors of one place, in the order in which they are added: this rank's own, there from the
+// start, and the peers', as they arrive. The own one is put among them before the wait, because which is its
+// place is known at run time only, and behind the wait choosing would take longer than adding.
 //
-// Up to four ranks the lanes of a warp leave await() together, by a vote, which takes less than gathering
-// lanes that left one by one; so all of them come, also those that need nothing. Of eight ranks there are
-// so many words to look at that a vote behind each look takes more: there each lane waits alone.
+// Ask for all that a thread needs before awaiting any: the wait then costs one round trip, not many. All lanes
+// of a warp await, also those that need nothing, and leave together, by a vote: gathering lanes that leave one
+// by one takes longer. After a time-out the missing words are still the sentinel, a NaN: a dead group yields
+// no number.
 template <int kWorld>
 struct Arrival {
-  static constexpr bool kTogether = kWorld < 8;
+  char* slot;  // of the first source
+  Words of[kWorld];
 
-  char* slot;
-  Words got[kWorld - 1];
+  // The peers' are where their source is. Of two ranks the own one is the second on either: two numbers are
+  // the same sum in either order.
+  FW_DEVICE static int own_place(const GroupParams& group) { return kWorld > 2 ? group.rank : 1; }
 
-  FW_DEVICE void ask() {
+  FW_DEVICE void ask(const GroupParams& group, Words own) {
     FW_UNROLL
-    for (int j = 0; j < kWorld - 1; ++j) got[j] = peek_words(slot + j * kUnitBytes);
+    for (int i = 0; i < kWorld; ++i) {
+      of[i] = own;
+      if (i != own_place(group)) of[i] = peek_words(slot + i * kUnitBytes);
+    }
   }
-
-  FW_DEVICE static bool agreed(bool each) { return kTogether ? warp_all(each) : each; }
 
   FW_DEVICE bool is_complete() const {
-    bool all = true;
+    unsigned largest = largest_word(of[0]);
     FW_UNROLL
-    for (int j = 0; j < kWorld - 1; ++j) all = all && complete(got[j]);
-    return all;
+    for (int i = 1; i < kSources<kWorld>; ++i) largest = larger(largest, largest_word(of[i]));
+    return largest != kSentinel;
   }
 
+  // `needs` is false where nothing is awaited; own words that are the sentinel would be, in vain.
   FW_DEVICE void await(const GroupParams& group, int row, unsigned phase, bool needs) {
     Patience patience;
     bool is_over;
     do {
       FW_KEEP_LOOP
       for (int polls = 0; polls < kPollsPerCheck; ++polls) {
-        if (agreed(!needs || is_complete())) return;
+        if (warp_all(!needs | is_complete())) return;
         FW_UNROLL
-        for (int j = 0; j < kWorld - 1; ++j) {
-          if (!needs || (kWorld > 2 && complete(got[j]))) continue;
-          got[j] = peek_words(slot + j * kUnitBytes);
+        for (int i = 0; i < kSources<kWorld>; ++i) {
+          if (needs & !complete(of[i])) of[i] = peek_words(slot + i * kUnitBytes);
         }
       }
       is_over = patience.is_over(group);
-    } while (agreed(!is_over));
-    if (kTogether && (!needs || !is_over || is_complete())) return;  // others wait in vain
+    } while (warp_all(!is_over));
+    if (!needs || !is_over || is_complete()) return;  // others wait in vain
     int missing = 0;
-    while (missing < kWorld - 2 && complete(got[missing])) ++missing;
-    give_up(group, row, phase, missing + (missing >= group.rank ? 1 : 0));
+    while (missing < kSources<kWorld> - 1 && complete(of[missing])) ++missing;
+    give_up(group, row, phase, kWorld > 2 ? missing : 1 - group.rank);
   }
 
+  // The free slot too: leaving it out would take a branch for each.
   FW_DEVICE void empty() const {
     FW_UNROLL
-    for (int j = 0; j < kWorld - 1; ++j) push_words(slot + j * kUnitBytes, empty_slot());
+    for (int i = 0; i < kSources<kWorld>; ++i) push_words(slot + i * kUnitBytes, empty_slot());
   }
-};
 
-// The vector of rank `source` among what was taken and what is this rank's own.
-template <int kWorld>
-FW_DEVICE Words of_rank(int source, int rank, const Words (&got)[kWorld - 1], Words own) {
-  if (source == rank) return own;
-  if (source == 0) return got[0];
-  if (source == kWorld - 1) return got[kWorld - 2];
-  return source < rank ? got[source] : got[source - 1];
-}
-
-// Adds all ranks' vectors in rank order; of two numbers the order makes no difference.
-template <class Type, int kWorld>
-FW_DEVICE Floats<Type> sum_over_ranks(int rank, const Words (&got)[kWorld - 1], Words own) {
-  if (kWorld == 2) {
-    Floats<Type> total = unpack<Type>(own);
-    add<Type>(total, got[0]);
+  template <class Type>
+  FW_DEVICE Floats<Type> sum() const {
+    Floats<Type> total = unpack<Type>(of[0]);
+    FW_UNROLL
+    for (int i = 1; i < kWorld; ++i) add<Type>(total, of[i]);
     return total;
   }
-  Floats<Type> total = unpack<Type>(of_rank<kWorld>(0, rank, got, own));
-  FW_UNROLL
-  for (int source = 1; source < kWorld; ++source) {
-    add<Type>(total, of_rank<kWorld>(source, rank, got, own));
-  }
-  return total;
-}
+};
 
 // The test kernels put delays here; the shipped ones nothing.
 struct NoSkew {

@@ -43,8 +43,7 @@ FW_DEVICE char* partial_target(const Tile<Config>& tile, int unit) {
       partial_offset<kWorld>(group, tile.global_unit(unit), block) + group.rank * 4;
   if (peer == Config::kPeers) return block != tile.share ? group.slots + words : nullptr;
   // peers[] begins at this rank's vectors there.
-  const int source = dense(group.rank, (group.rank + 1 + peer) % kWorld);
-  return group.peers[peer] + words - source * kUnitBytes;
+  return group.peers[peer] + words - source_of<kWorld>(group.rank) * kUnitBytes;
 }
 
 // Takes this rank's columns in a unit of all ranks, adds and sends them; they are returned as rounded.
@@ -61,19 +60,16 @@ FW_DEVICE Words reduce_unit(const Tile<Config>& tile, TwoShotShared& shared,
   Arrival<kWorld> peers;
   if (piece.used) {
     peers.slot = p.group.slots + tile.scatter_slot(piece, phase);
-    peers.ask();
+    peers.ask(p.group, or_nan(canonical(own.x), tile.dead));
   }
   char* target = nullptr;  // computed while the answer is under way
   if (Config::kEarlyTarget) {
     target = partial_target(tile, piece.unit);
     Computed().add(target);
   }
-  constexpr bool kTogether = Arrival<kWorld>::kTogether;
-  if (kTogether) peers.await(p.group, piece.row, phase, piece.used && !tile.dead);
+  peers.await(p.group, piece.row, phase, piece.used && !tile.dead);
   if (piece.used) {
-    const Words mine = or_nan(canonical(own.x), tile.dead);
-    if (!kTogether && !tile.dead) peers.await(p.group, piece.row, phase, true);
-    Floats<Type> total = sum_over_ranks<Type, kWorld>(p.group.rank, peers.got, mine);
+    Floats<Type> total = peers.template sum<Type>();
     if (Config::kHasNorm) add<Type>(total, own.residual);
     rounded = canonical(pack<Type>(total));
     squares = piece.is_copy ? 0.0f : sum_of_squares<Type>(total);

@@ -106,11 +106,10 @@ struct Gathered {
 
   FW_DEVICE void ask(const Tile<Config>& tile, int first) {
     const TwoShotParams& p = tile.p;
-    const int rank = p.group.rank;
     FW_UNROLL
     for (int j = 0; j < Config::kAhead; ++j) {
       piece[j] = tile.peers_piece(first + j * (thread_count() / kWarp));
-      slot[j] = p.group.slots + dense(piece[j].owner, rank) * kUnitBytes +
+      slot[j] = p.group.slots + source_of<Config::kWorld>(piece[j].owner) * kUnitBytes +
                 tile.gather_slot(piece[j]);
       if (!piece[j].used || tile.dead) slot[j] = nullptr;
       v[j] = slot[j] != nullptr ? peek_words(slot[j]) : empty_slot();

@@ -200,9 +200,6 @@ struct Tile {
 // the peers' to send before they can wait.
 FW_DEVICE int reducing_warp() { return thread_count() / kWarp - 1 - thread_index() / kWarp; }
 
-// A rank's number among the peers of another.
-FW_DEVICE int dense(int source, int owner) { return source - (source > owner ? 1 : 0); }
-
 }  // namespace fusewise
 
 #endif  // FUSEWISE_TWO_SHOT_TILE_CUH
