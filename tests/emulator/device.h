@@ -41,6 +41,7 @@ inline int cluster_rank() { return block_index() % engine->current->block->launc
 struct Computed {
   template <class T>
   void add(T*&) {}
+  void add(unsigned long long&) {}
 };
 
 // --- this rank's memory

@@ -50,7 +50,7 @@ MUTANTS = {
     "copies_send": ("one_shot.cuh", "if (part.owns(i) && !dead)", "if (part.used[i] && !dead)"),
     "emptied_before_all_took": ("one_shot.cuh", "warp_barrier();  // all lanes have what", "//"),
     "copies_scatter": ("two_shot_pieces.cuh", "!piece[j].owns() ||", "!piece[j].used ||"),
-    "copies_gather": ("two_shot.cuh", "if (piece.owns()) push_to", "push_to"),
+    "copies_gather": ("two_shot.cuh", "(piece.owns() && !tile.dead)", "(piece.used && !tile.dead)"),
     "copies_squared": ("two_shot.cuh", "piece.is_copy ? 0.0f : ", ""),
     "sums_emptied_before_all_took": ("two_shot.cuh", "warp_barrier();  // all lanes have", "//"),
     "columns_emptied_before_all_took": ("two_shot_pieces.cuh", "warp_barrier();  // all", "{} //"),

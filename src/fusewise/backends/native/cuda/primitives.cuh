@@ -36,7 +36,7 @@ FW_DEVICE int thread_count() { return FW_THREADS > 0 ? FW_THREADS : without_sign
 FW_DEVICE int block_index() { return without_sign(blockIdx.x); }
 FW_DEVICE int block_count() { return without_sign(gridDim.x); }
 
-// Addresses that are computed where they are added, not where they are first used; those that
+// Addresses that are computed where they are added, once, and not where they are used; those that
 // dependency_wait() is given, before it, while the kernel before ends.
 struct Computed {
   unsigned high = 0;  // the upper halves' bits
@@ -46,6 +46,8 @@ struct Computed {
     asm volatile("" : "+l"(address));
     high |= static_cast<unsigned>(reinterpret_cast<unsigned long long>(address) >> 32);
   }
+
+  FW_DEVICE void add(unsigned long long& offset) { asm volatile("" : "+l"(offset)); }
 };
 
 // --- this rank's memory

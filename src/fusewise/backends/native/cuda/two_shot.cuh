@@ -58,14 +58,18 @@ FW_DEVICE Words reduce_unit(const Tile<Config>& tile, TwoShotShared& shared,
   float squares = 0.0f;
   Words rounded = {};
   Arrival<kWorld> peers;
+  Computed addresses;  // but for the first, while the answer is under way
   if (piece.used) {
     peers.slot = p.group.slots + tile.scatter_slot(piece, phase);
+    addresses.add(peers.slot);
     peers.ask(p.group, or_nan(canonical(own.x), tile.dead));
   }
-  char* target = nullptr;  // computed while the answer is under way
+  unsigned long long gathered = tile.gather_slot(piece);
+  addresses.add(gathered);
+  char* target = nullptr;
   if (Config::kEarlyTarget) {
     target = partial_target(tile, piece.unit);
-    Computed().add(target);
+    addresses.add(target);
   }
   peers.await(p.group, piece.row, phase, piece.used && !tile.dead);
   if (piece.used) {
@@ -74,22 +78,21 @@ FW_DEVICE Words reduce_unit(const Tile<Config>& tile, TwoShotShared& shared,
     rounded = canonical(pack<Type>(total));
     squares = piece.is_copy ? 0.0f : sum_of_squares<Type>(total);
   }
+  unsigned word = 0;
   if (Config::kHasNorm) {
     // First, because the peers need it before they can use the columns.
-    const unsigned word = canonical_word(bits_of(warp_sum(squares)));
+    word = canonical_word(bits_of(warp_sum(squares)));
     if (!Config::kEarlyTarget) target = partial_target(tile, piece.unit);
     if (target != nullptr) push_word(target, word);
-    if (thread_index() % kWarp == 0) {
-      shared.squares[piece.unit * kWorld + p.group.rank] = float_of(word);
-    }
   } else {
     warp_barrier();  // all lanes have taken theirs, as behind warp_sum: two may have the same slots
   }
+  if (piece.owns() && !tile.dead) push_to_peers<kWorld>(p.group, gathered, rounded);
+  if (Config::kHasNorm && thread_index() % kWarp == 0) {
+    shared.squares[piece.unit * kWorld + p.group.rank] = float_of(word);
+  }
   if (piece.used) {
-    if (!tile.dead) {
-      if (piece.owns()) push_to_peers<kWorld>(p.group, tile.gather_slot(piece), rounded);
-      peers.empty();
-    }
+    if (!tile.dead) peers.empty();
     void* sums = Config::kHasNorm ? p.residual_out : p.output.out;
     store_words(static_cast<char*>(sums) + tile.place(piece), rounded);
   }
