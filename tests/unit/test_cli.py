@@ -164,15 +164,15 @@ def test_a_picture_without_matplotlib_asks_for_the_extra_before_anything_starts(
         (("tune", "--hidden", "9" * 5000), 2, "not a list of sizes"),
         (("tune", "--into", "/proc/x"), 3, "cannot keep profiles in /proc/x"),
         (("tune", "--plot", "x.foo"), 2, "expected .svg or .png"),
-        (("tune", "--plot", "/nope/x.svg"), 2, "cannot write /nope/x.svg"),
-        (("show", *SEED, "--html", "/nope/x.html"), 2, "cannot write /nope/x.html"),
-        (("show", *SEED, "--html", "/"), 2, "expected a file"),
+        (("tune", "--plot", "/nope/x.svg"), 3, "cannot write /nope/x.svg"),
+        (("show", *SEED, "--html", "/nope/x.html"), 3, "cannot write /nope/x.html"),
+        (("show", *SEED, "--html", "/"), 3, "expected a file"),
         (("show", *SEED, "--plot", "/proc/x.svg"), 3, "cannot write /proc/x.svg"),
-        (("decode", "--output", "/nope/x.json"), 2, "cannot write /nope/x.json"),
+        (("decode", "--output", "/nope/x.json"), 3, "cannot write /nope/x.json"),
         (("decode", "--plot", "x.pdf"), 2, "expected .svg or .png"),
         (("decode", "--steps", "0"), 2, "counts out of range"),
         (("decode", "--repeats", "4"), 2, "repeats out of range: expected 5 to 1001"),
-        (("report", *SEED, "-o", "/nope/x.html"), 2, "cannot write /nope/x.html: got a directory"),
+        (("report", *SEED, "-o", "/nope/x.html"), 3, "cannot write /nope/x.html: got a directory"),
         (("show", "nvidia-h200-tp8", *SEED), 2, "two profiles"),
         (("show", "nvidia-h200-tp8", "--format", "xml"), 2, "xml"),
         (("nonsense",), 2, "nonsense"),
@@ -234,13 +234,15 @@ def test_durations(text: str, spent_s: float) -> None:
 def test_settings_on_both_sides_of_their_bounds() -> None:
     def made(**changes: object) -> Settings:
         return Settings(
-            **{"dtype": "bfloat16", "hidden_sizes": (8,), "min_bytes": 1, "max_bytes": 2,
+            **{"dtype": "bfloat16", "hidden_sizes": (8,), "min_bytes": 1, "max_bytes": 16,
                "budget_s": 1.0} | changes  # type: ignore[arg-type]
         )  # fmt: skip
 
-    good = ({"rounds": 5}, {"rounds": 1001}, {"hidden_sizes": (65536,)}, {"budget_s": 86_400})
+    good = ({"rounds": 5}, {"rounds": 1001}, {"hidden_sizes": (65536,), "max_bytes": 2**17},
+            {"budget_s": 86_400})  # fmt: skip
     bad = ({"rounds": 4}, {"rounds": 1002}, {"hidden_sizes": (65544,)}, {"hidden_sizes": (12,)},
-           {"hidden_sizes": (8, 8)}, {"hidden_sizes": ()}, {"budget_s": 0}, {"min_bytes": 2},
+           {"hidden_sizes": (8, 8)}, {"hidden_sizes": ()}, {"budget_s": 0}, {"min_bytes": 16},
+           {"max_bytes": 15}, {"hidden_sizes": (8, 16)},
            {"budget_s": float("nan")})  # fmt: skip
     for changes in good:
         assert made(**changes)

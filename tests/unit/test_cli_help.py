@@ -41,6 +41,27 @@ def test_the_doctor_goes_on_when_the_named_profile_is_ill(monkeypatch: pytest.Mo
     assert "shm.one_shot" in out
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "FUSEWISE_CAP",
+        "FUSEWISE_VLLM",
+        "FUSEWISE_SGLANG",
+        "FUSEWISE_DEBUG",
+        "FUSEWISE_REPLAY_TIMEOUT_S",
+    ],
+)
+def test_the_doctor_says_what_is_wrong_with_a_variable(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert f"{name}: " not in run("doctor")[0]
+    monkeypatch.setenv(name, "neither")
+    assert f"{name}: " in run("doctor")[0]
+    notes = json.loads(run("doctor", "-f", "json")[0])["node"]["notes"]
+    assert len(notes) == 1
+    assert "neither" in notes[0]
+
+
 def test_help_teaches_and_names_the_exit_codes() -> None:
     out = " ".join(run("--help")[0].split())
     for word in (

@@ -132,6 +132,19 @@ def test_a_broken_earlier_profile_is_not_put_back() -> None:
     assert store.load(path) == here(6.0)
 
 
+def test_restore_passes_over_a_broken_version_and_says_so() -> None:
+    path = written(here(5.0), 0)
+    written(here(6.0), 60)
+    written(here(7.0), 120)
+    broken, whole = history.earlier(path)
+    broken.write_text("{")
+    assert f"passed over {broken.stem}: " in run("restore")[1]
+    assert store.load(path) == here(5.0)
+    assert broken.read_text() == "{"
+    assert "not valid JSON" in run("restore", f"@{broken.stem}", code=5)[1]
+    assert whole in history.earlier(path)
+
+
 def test_merge_makes_one_of_two_whichever_is_named_first(tmp_path: Path) -> None:
     old, new = here(5.0), here(6.0, (64, 256), "2026-02-01")
     kept = written(here(9.0), 0)

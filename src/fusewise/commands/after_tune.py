@@ -79,7 +79,8 @@ def picture_of(plot: Path, dtype: DType, all_dtypes: Sequence[DType]) -> Path:
     """Where one dtype's picture goes: with several, each gets its own file.
 
     Raises:
-        InputError: it cannot be drawn there.
+        InputError: no picture has that suffix.
+        UnavailableError: it cannot be written there.
     """
     file = plot if len(all_dtypes) == 1 else plot.with_stem(f"{plot.stem}-{dtype}")
     check_picture(file)

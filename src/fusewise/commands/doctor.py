@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from functools import partial
+from math import inf
 from pathlib import Path
 from typing import Any, get_args
 
 from fusewise.commands.options import FormatOption, TpOption, bordered, this_node, write
+from fusewise.engines.plugin import explicit_cap, mode
 from fusewise.errors import FusewiseError
 from fusewise.node import Fingerprint
 from fusewise.profiles import store
+from fusewise.profiles.variables import switched_on
 from fusewise.report.table import Column, Section, facts
 from fusewise.shape import DType, format_size
 
@@ -72,7 +78,26 @@ def _node(node: Fingerprint) -> Section:
         free = shutil.disk_usage(shm).free
         shown.append(("shared memory free", format_size(max(1, free))))
     record = mark | {"shared_memory_free_bytes": free} | switches
-    return facts("node", record, shown, "Node")
+    return replace(facts("node", record, shown, "Node"), notes=tuple(_ill(os.environ)))
+
+
+def _ill(environ: Mapping[str, str]) -> Iterator[str]:
+    """What is wrong with our variables, as whoever reads them says it."""
+    from fusewise.backends.native.watchdog import replay_timeout_s
+
+    readers: tuple[Callable[[Mapping[str, str]], Any], ...] = (
+        explicit_cap,
+        partial(mode, "vllm"),
+        partial(mode, "sglang"),
+        partial(switched_on, "FUSEWISE_STRICT"),
+        partial(switched_on, "FUSEWISE_DEBUG"),
+        partial(replay_timeout_s, inf),
+    )
+    for read in readers:
+        try:
+            read(environ)
+        except FusewiseError as error:
+            yield str(error)
 
 
 def _backends(node: Fingerprint) -> list[dict[str, Any]]:

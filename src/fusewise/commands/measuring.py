@@ -15,6 +15,7 @@ import typer
 
 from fusewise.errors import UnavailableError
 from fusewise.profiles import private
+from fusewise.profiles.variables import path_of
 from fusewise.ranks.teams import under_torchrun
 
 # In the folder all users of a machine share; containers that do not share it do not see each other.
@@ -38,7 +39,7 @@ def alone() -> Iterator[None]:
     if under_torchrun() and os.environ.get("LOCAL_RANK", "0") != "0":
         yield
         return
-    file = private.variables_path(os.environ.get("FUSEWISE_MEASURING_LOCK") or _LOCK)
+    file = path_of(os.environ.get("FUSEWISE_MEASURING_LOCK") or _LOCK)
     wait_s = _TORCHRUN_WAIT_S if under_torchrun() else _WAIT_S
     with _lock(file, wait_s):
         for line in busy():

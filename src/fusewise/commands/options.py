@@ -241,17 +241,19 @@ def check_output(file: Path | None, suffixes: Sequence[str] = ()) -> None:
     """Whether a file can be written there: asked before anything is measured.
 
     Raises:
-        InputError: another suffix, or no such directory.
-        UnavailableError: nothing can be written there.
+        InputError: another suffix.
+        UnavailableError: nothing can be written there, or there is no such directory.
     """
     if file is None:
         return
     if suffixes and file.suffix.lower() not in suffixes:
         raise InputError("unknown picture format", expected=" or ".join(suffixes), got=str(file))
     if not file.parent.is_dir():
-        raise InputError(f"cannot write {file}", got="a directory that does not exist")
+        raise UnavailableError(
+            f"cannot write {file}", got="a directory that does not exist", hint="Make it first."
+        )
     if file.is_dir():
-        raise InputError(f"cannot write {file}", expected="a file", got="a directory")
+        raise UnavailableError(f"cannot write {file}", expected="a file", got="a directory")
     try:
         if file.exists():
             file.open("r+b").close()

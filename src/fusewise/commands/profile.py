@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -19,7 +20,7 @@ from fusewise.commands.options import (
     write,
     write_text,
 )
-from fusewise.errors import FusewiseError
+from fusewise.errors import FusewiseError, ProfileError
 from fusewise.profiles import history, shelf, store
 from fusewise.profiles.compare import compare as compared
 from fusewise.profiles.merge import extended
@@ -147,17 +148,33 @@ def restore(
 ) -> None:
     """Puts an earlier profile back.
 
-    By default this node's; the present one goes to the history.
+    By default this node's, its newest version that is whole; the present one goes to the history.
     """
     called, at, date = name.rpartition("@")
     if not at:
         called, date = date, ""
     one = shelf.kept(called or own_name(dtype, tp))
-    earlier = shelf.before(one, date)
-    store.load(earlier)  # a broken one is not put back
+    earlier = _newest_whole(shelf.before(one, date))
     assert one.file is not None  # packaged ones have no earlier version
     history.restore(one.file, earlier)
     tell([f"{one.file} is again what was written {earlier.stem}"])
+
+
+def _newest_whole(versions: Sequence[Path]) -> Path:
+    """The first that is a profile; says what is wrong with those before it.
+
+    Raises:
+        ProfileError: none is.
+    """
+    for version in versions[:-1]:
+        try:
+            store.load(version)
+        except ProfileError as error:
+            tell([f"passed over {version.stem}: {error}"])
+        else:
+            return version
+    store.load(versions[-1])
+    return versions[-1]
 
 
 @app.command()

@@ -20,14 +20,6 @@ OTHERS_ENTER = stat.S_IRWXG | stat.S_IRWXO
 _PRIVATE = 0o700
 
 
-def variables_path(text: str) -> Path:
-    """A path as a variable has it, with a leading ``~``: no shell expands it in every place."""
-    try:
-        return Path(text).expanduser()
-    except RuntimeError:  # nobody of that name: a folder that is called so
-        return Path(text)
-
-
 def why_not_private(folder: Path, forbidden: int, *, follow: bool = True) -> str | None:
     """Makes the folder if it is absent; why it is not ours alone, or None.
 

@@ -19,6 +19,7 @@ from fusewise.operation import PATH_PATTERN, Op, backend_of
 from fusewise.shape import DType, Shape
 
 SCHEMA_VERSION = 1
+REPLACE_HINT = "Measure again with `fusewise tune`, or name another profile."
 MAX_PROFILE_BYTES = 16 * 2**20  # a full tune is near 300 KB; more than this is not a profile
 
 TimeUs = Annotated[float, Field(gt=0, lt=1e9, allow_inf_nan=False)]
@@ -242,7 +243,7 @@ def parse_profile(text: str, where: str) -> Profile:
         document: Any = json.loads(text, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
         raise ProfileError(
-            f"{where} is not valid JSON", got=str(error), hint="Run `fusewise tune` to replace it."
+            f"{where} is not valid JSON", got=str(error), hint=REPLACE_HINT
         ) from error
     version = document.get("schema_version") if isinstance(document, dict) else None
     if version != SCHEMA_VERSION or isinstance(version, bool):
@@ -250,7 +251,7 @@ def parse_profile(text: str, where: str) -> Profile:
             f"{where} at $.schema_version",
             expected=str(SCHEMA_VERSION),
             got=repr(version),
-            hint="Run `fusewise tune` with this version to replace it.",
+            hint=REPLACE_HINT,
         )
     try:
         return Profile.model_validate_json(json.dumps(document), strict=True)
@@ -260,7 +261,7 @@ def parse_profile(text: str, where: str) -> Profile:
         raise ProfileError(
             f"{where} at ${place}",
             got=fault["msg"],
-            hint="Run `fusewise tune` to replace it.",
+            hint=REPLACE_HINT,
         ) from error
 
 

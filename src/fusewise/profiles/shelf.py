@@ -71,8 +71,8 @@ def kept(name: str, environ: Mapping[str, str] = os.environ) -> Kept:
     )
 
 
-def before(one: Kept, date: str) -> Path:
-    """The newest earlier version of a profile whose date begins with ``date``.
+def before(one: Kept, date: str) -> list[Path]:
+    """The earlier versions of a profile whose date begins with ``date``, the newest first.
 
     Raises:
         ProfileError: there is none; names those there are.
@@ -82,7 +82,7 @@ def before(one: Kept, date: str) -> Path:
     if not found:
         known = ", ".join(file.stem for file in dates) or "none"
         raise ProfileError(f"{one.name} has no earlier version {date}".rstrip(), got=known)
-    return found[0]
+    return found
 
 
 def named(reference: str, own: str, environ: Mapping[str, str] = os.environ) -> Profile:
@@ -101,4 +101,4 @@ def named(reference: str, own: str, environ: Mapping[str, str] = os.environ) -> 
             store.load(reference) if Path(reference).exists() else kept(reference, environ).load()
         )
     name, _, date = reference.rpartition("@")
-    return store.load(before(kept(name or own, environ), date))
+    return store.load(before(kept(name or own, environ), date)[0])

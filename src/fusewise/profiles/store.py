@@ -23,13 +23,14 @@ from typing import TYPE_CHECKING, Literal
 
 import platformdirs
 
-from fusewise.errors import InputError, ProfileError, StaleProfileError
+from fusewise.errors import ProfileError, StaleProfileError
 from fusewise.node import HARDWARE, Fingerprint
 from fusewise.profiles import history
 from fusewise.profiles.match import as_it_counts, software_differences
 from fusewise.profiles.merge import differences, extended
-from fusewise.profiles.private import open_to_others, variables_path
+from fusewise.profiles.private import open_to_others
 from fusewise.profiles.schema import MAX_PROFILE_BYTES, Profile, parse_profile, profile_file_name
+from fusewise.profiles.variables import path_of, switched_on
 from fusewise.shape import DType
 
 if TYPE_CHECKING:
@@ -58,22 +59,14 @@ class Resolution:
 def user_dir(environ: Mapping[str, str] = os.environ) -> Path:
     """The user's profiles: ``$FUSEWISE_HOME/profiles`` or the platform's data directory."""
     home = environ.get("FUSEWISE_HOME")
-    base = (
-        variables_path(home)
-        if home
-        else Path(platformdirs.user_data_dir("fusewise", appauthor=False))
-    )
+    base = path_of(home) if home else Path(platformdirs.user_data_dir("fusewise", appauthor=False))
     return base / "profiles"
 
 
 def site_dir(environ: Mapping[str, str] = os.environ) -> Path:
     """The site's profiles: ``$FUSEWISE_SITE_DIR`` or the platform's site directory."""
     site = environ.get("FUSEWISE_SITE_DIR")
-    return (
-        variables_path(site)
-        if site
-        else Path(platformdirs.site_config_dir("fusewise")) / "profiles"
-    )
+    return path_of(site) if site else Path(platformdirs.site_config_dir("fusewise")) / "profiles"
 
 
 def packaged_names() -> list[str]:
@@ -105,7 +98,7 @@ def load_variable(name: str) -> Profile:
         ProfileError: as ``load``, and the message names the variable.
     """
     try:
-        return load(variables_path(name))
+        return load(path_of(name))
     except ProfileError as error:
         raise error.about("FUSEWISE_PROFILE") from error
 
@@ -132,7 +125,7 @@ def find_profile(
         ProfileError: an explicitly named profile is missing or malformed.
         StaleProfileError: an explicitly named profile was measured on other hardware.
     """
-    strict = _strict(environ) if strict is None else strict
+    strict = switched_on("FUSEWISE_STRICT", environ) if strict is None else strict
     if isinstance(argument, Profile):
         return _explicit(argument, "argument", "the profile passed", node)
     if argument is not None:
@@ -141,13 +134,6 @@ def find_profile(
     if variable:
         return _explicit(load_variable(variable), "environment", variable, node)
     return _search(node, dtype, environ, strict)
-
-
-def _strict(environ: Mapping[str, str]) -> bool:
-    text = environ.get("FUSEWISE_STRICT", "")
-    if text not in ("", "0", "1"):
-        raise InputError("FUSEWISE_STRICT", expected="0 or 1", got=repr(text))
-    return text == "1"
 
 
 def _explicit(profile: Profile, level: Level, where: str, node: Fingerprint) -> Resolution:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
-from fusewise.errors import InputError
+from fusewise.profiles.variables import switched_on
 
 if TYPE_CHECKING:
     from fusewise.run.communicator import Communicator
@@ -50,10 +50,7 @@ def compare_calls(communicator: Communicator, environ: Mapping[str, str] = os.en
         InputError: the switch is neither 0 nor 1.
         DisagreementError: it is on for some ranks only; then the others would wait for ever.
     """
-    text = environ.get(SWITCH, "")
-    if text not in ("", "0", "1"):
-        raise InputError(SWITCH, expected="0 or 1", got=repr(text))
-    on = text == "1"
+    on = switched_on(SWITCH, environ)
     communicator.group.agree(SWITCH, on)
     if on and communicator.group.world_size > 1:
         for name, shown in _COMPARED.items():

@@ -51,6 +51,13 @@ class Settings:
                 expected="min < max <= 4G",
                 got=f"{format_size(self.min_bytes)} to {format_size(self.max_bytes)}",
             )
+        least_bytes = Shape(1, max(self.hidden_sizes), self.dtype).row_bytes
+        if self.max_bytes < least_bytes:
+            raise InputError(
+                f"the largest message is less than a row of hidden {max(self.hidden_sizes)}",
+                expected=f"at least {format_size(least_bytes)}",
+                got=format_size(self.max_bytes),
+            )
         if not 0 < self.budget_s <= 86_400:
             raise InputError("budget out of range", expected="0 to 24 h", got=f"{self.budget_s} s")
         if not MIN_ROUNDS <= self.rounds <= 1001:

@@ -17,10 +17,10 @@ import platformdirs
 from fusewise.profiles.private import (
     OTHERS_ENTER,
     OTHERS_WRITE,
-    variables_path,
     why_not_private,
     write_whole,
 )
+from fusewise.profiles.variables import path_of
 
 _DIGEST_BYTES = hashlib.sha256().digest_size
 _MAX_CUBIN_BYTES = 64 * 2**20  # ours are near 20 KB
@@ -83,7 +83,7 @@ class CubinCache:
 def default_folder() -> Path:
     """``$FUSEWISE_CACHE_DIR/cubins``, or ``fusewise/cubins`` in the user's cache directory."""
     root = os.environ.get("FUSEWISE_CACHE_DIR") or platformdirs.user_cache_dir("fusewise")
-    return variables_path(root) / "cubins"
+    return path_of(root) / "cubins"
 
 
 def _is_private_file(found: os.stat_result) -> bool:
