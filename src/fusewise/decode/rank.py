@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import random
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -118,14 +119,14 @@ def _runners(
 def _times(
     worker: Worker, name: str, runners: Mapping[str, Runner], repeats: int
 ) -> dict[str, list[float]]:
-    """Seconds per round and arm, the slowest rank's; arms take turns within a round."""
+    """Seconds per round and arm, the slowest rank's; every round has an order of its own."""
     arms = list(runners)
     mine: dict[str, list[float]] = {arm: [] for arm in arms}
     group = runners[arms[0]].communicator.group
+    shuffled = random.Random(repeats)  # the same on all ranks
     for repeat in range(repeats):
         worker.phase(f"{name}: round {repeat + 1} of {repeats}", None, _TIME_S)
-        for k in range(len(arms)):
-            arm = arms[(repeat + k) % len(arms)]  # nobody always follows the same other
+        for arm in shuffled.sample(arms, len(arms)):  # nobody always follows the same other
             group.barrier("round")
             mine[arm].append(runners[arm].time_s())
     everyone = group.gather("times", mine)
