@@ -24,7 +24,8 @@ pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 # At eight ranks five units of a row have four blocks: some warps wait for sums and reduce nothing.
 WIDTHS = {4: 1024, 8: 9216}
 LAUNCHES = {w: LaunchShape.two_shot(Shape(1, h), w, 90, "kNorm") for w, h in WIDTHS.items()}
-INSTANCES = [launch.instance for launch in LAUNCHES.values()]
+ONE_WARP = LaunchShape.one_shot(Shape(1, 256), 4, 90, "kNorm").instance
+INSTANCES = [*(launch.instance for launch in LAUNCHES.values()), ONE_WARP]
 TIMEOUT = {4: 1_000_000, 8: 4_000_000}  # steps: ranks begin apart, and a quarter of it must tell
 SECOND, FIRST = "is_over(group, true)", "is_over(group)"
 # What must wait longer: file, and at how many ranks it shows when it does not.
@@ -68,6 +69,28 @@ def test_the_missing_rank_is_named_by_all(tmp_path: Path) -> None:
     for world_size, seed in ((4, 0), (4, 1), (4, 2), (8, 0)):
         missing, by_others = named(library, world_size, seed)
         assert by_others == {missing}
+
+
+def silent(library: ctypes.CDLL, seed: int) -> set[int]:
+    """Ranks that have NaN and say nothing, after one died while it sent its row."""
+    rng = random.Random(seed)
+    call = make_call(ONE_WARP, 1, 256, rng)
+    call.workers, call.threads = 1, 32
+    group = VirtualGroup(library, INSTANCES, 4, units(call), timeout=30_000)
+    missing = rng.randrange(4)
+    group.kill(missing, after=rng.randint(3_000, 30_000))
+    assert group.run([call], seed) == "none"
+    group.close()
+    return {
+        rank
+        for rank in set(range(4)) - {missing}
+        if call.out[rank].isnan().any() and not group.status[rank][0]
+    }
+
+
+def test_who_waited_in_vain_says_so(tmp_path: Path) -> None:
+    library = built(tmp_path)
+    assert [seed for seed in range(50) if silent(library, seed)] == []
 
 
 @pytest.mark.parametrize("mutant", MUTANTS)

@@ -45,7 +45,8 @@ class Instance:
     max_threads: int = 256
     min_blocks: int = 1
     # Every worker has one row, or one tile in which no warp has more than it has under way at once:
-    # no loops, so fewer registers: an eighth in one-shot, a fifth to two fifths in two-shot.
+    # no loops, so fewer registers: an eighth in one-shot up to four ranks, a fifth to two fifths
+    # in two-shot.
     one_pass: bool = False
     row_vectors: int = 0  # of the message; 0: known at run time only
     threads: int = 0  # of a block; 0: likewise

@@ -41,9 +41,10 @@ class SlotLayout:
     """How much slot memory a strategy needs; equal on all ranks.
 
     Args:
-        strategy: ``one_shot`` keeps two phases of every unit from every peer. ``two_shot`` keeps
-            two phases of the rank's own columns, one gathered copy of everybody else's, and for the
-            partial sums a word per unit, rank and block that may share a tile.
+        strategy: ``one_shot`` keeps two phases of every unit from every rank, its own place free;
+            of two ranks from the peer alone. ``two_shot`` keeps two phases of the rank's own
+            columns and one gathered copy of everybody's, likewise, and for the partial sums a
+            word per unit, rank and block that may share a tile.
         world_size: ranks.
         units: 512-byte units per source and phase.
     """

@@ -188,7 +188,8 @@ struct Arrival {
     return largest != kSentinel;
   }
 
-  // `needs` is false where nothing is awaited; own words that are the sentinel would be, in vain.
+  // `needs` is false where nothing is awaited, whatever lies in `of`: a dead rank's own words are the
+  // sentinel and would be, in vain.
   FW_DEVICE void await(const GroupParams& group, int row, unsigned phase, bool needs) {
     Patience patience;
     bool is_over;
@@ -203,7 +204,7 @@ struct Arrival {
       }
       is_over = patience.is_over(group);
     } while (warp_all(!is_over));
-    if (!needs || !is_over || is_complete()) return;  // others wait in vain
+    if (!needs || is_complete()) return;  // others wait in vain
     int missing = 0;
     while (missing < kSources<kWorld> - 1 && complete(of[missing])) ++missing;
     give_up(group, row, phase, kWorld > 2 ? missing : 1 - group.rank);
