@@ -39,7 +39,7 @@ def run(words: str) -> str:
     """What a command prints on a terminal of 80 columns."""
     on_terminal = functools.partial(render_sections, terminal=True)
     environ = {"COLUMNS": str(_WIDTH), "NO_COLOR": "1"}
-    with mock.patch("fusewise.commands.options.render_sections", on_terminal):
+    with mock.patch("fusewise.commands.output.render_sections", on_terminal):
         result = CliRunner().invoke(app, words.split()[1:], env=environ)
     assert result.exit_code == 0, result.output
     return result.stdout

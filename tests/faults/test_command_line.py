@@ -117,3 +117,18 @@ def test_a_stdout_that_takes_nothing_is_an_error_in_one_line(words: str) -> None
             ["bash", "-c", line], stderr=subprocess.PIPE, text=True, timeout=60, check=False
         )
         assert (done.returncode, done.stderr.count("\n")) == (3, 1), done.stderr
+
+
+def test_an_interface_that_is_not_there_is_named(tmp_path: Path) -> None:
+    environ = {"FUSEWISE_HOME": str(tmp_path), "GLOO_SOCKET_IFNAME": "nope0"}
+    done = subprocess.run(
+        [sys.executable, "-m", "fusewise", "bench", "--hidden", "64", "-e", "8K"],
+        env=os.environ | environ,
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert (done.returncode, done.stdout) == (3, "")
+    assert "GLOO_SOCKET_IFNAME is 'nope0': name an interface of this machine" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -70,6 +70,21 @@ def test_a_pass_and_a_profile_exclude_each_other() -> None:
         compile_model(lambda x: x, fusion=FusionPass("0", {}), profile="nvidia-h200-tp8")
 
 
+def test_what_is_of_another_kind_is_named() -> None:
+    for name, given in (
+        ("model", {"model": 3}),
+        ("fusion", {"model": lambda x: x, "fusion": "x"}),
+    ):
+        with pytest.raises(InputError, match=f"^{name}: expected "):
+            compile_model(**given)  # type: ignore[arg-type]
+    for name, given in (
+        ("communicator", {"communicator": 3}),
+        ("group_names", {"group_names": "tp"}),
+    ):
+        with pytest.raises(InputError, match=f"^{name}: expected "):
+            fusion_pass(**given)  # type: ignore[arg-type]
+
+
 def test_mode_and_options_come_together(monkeypatch: pytest.MonkeyPatch) -> None:
     """``torch.compile`` itself refuses both at once."""
     seen: dict[str, Any] = {}

@@ -153,7 +153,7 @@ def test_every_table_fits_its_terminal(
     if command in COMMANDS:
         shown: list[Section] = []
         monkeypatch.setattr(
-            "fusewise.commands.options.render_sections",
+            "fusewise.commands.output.render_sections",
             lambda sections, fmt, **_: shown.extend(sections) or "",
         )
         printed(COMMANDS[command], "table")

@@ -99,7 +99,7 @@ def test_compare_by_date_by_name_by_part_and_by_file(tmp_path: Path) -> None:
         (("show", "nobody"), "no profile 'nobody': expected a file, or one of nvidia"),
         (("compare", "nobody"), "no profile 'nobody': expected a file, or one of nvidia"),
         (("compare", "tp8@2020"), "nvidia-h200-tp8 has no earlier version 2020: got none"),
-        (("compare", "@"), "this node has no profile. Run `fusewise tune`"),
+        (("compare", "@"), "dtype=bfloat16,fabric=shm. Run `fusewise tune`"),
         (("compare", "tp8"), "fusewise tune"),
         (("list", "nobody"), "no profile 'nobody'"),
         (("restore",), "this node has no profile"),

@@ -9,7 +9,8 @@ from typing import Any
 
 import typer
 
-from fusewise.commands.options import INTERRUPTED, check_picture
+from fusewise.commands.options import INTERRUPTED, this_node
+from fusewise.commands.output import check_picture
 from fusewise.profiles.schema import Profile
 from fusewise.shape import DType, Shape, format_size
 from fusewise.tune.settings import Settings
@@ -51,7 +52,7 @@ def what_now(profile: Profile, into: Path | None) -> list[str]:
         profile: what was measured.
         into: the folder it was kept in, where that is not the one that is searched.
     """
-    named = f" --profile '{into / profile.file_name}'" if into else ""
+    named = f" --profile '{into / profile.file_name}'" if into else _asked_for(profile)
     look = f"`fusewise show{named}`, `fusewise report{named}`"
     engine = f"`fusewise audit{named}` says what its table costs here, `fusewise cap{named}` cures"
     if profile.fingerprint.device_type == "cpu":
@@ -60,6 +61,13 @@ def what_now(profile: Profile, into: Path | None) -> list[str]:
     if into:
         use = "fusewise.Communicator(profile=FILE), or FUSEWISE_PROFILE=FILE"
     return [f"Look at it: {look}", f"An engine: {engine}", f"Use it: {use}"]
+
+
+def _asked_for(profile: Profile) -> str:
+    """The options by which this node's profile is found where they are not the defaults."""
+    dtype = "" if profile.dtype == "bfloat16" else f" --dtype {profile.dtype}"
+    ranks = profile.fingerprint.world_size
+    return dtype + ("" if ranks == this_node(None).world_size else f" --tp {ranks}")
 
 
 @contextmanager

@@ -18,15 +18,18 @@ from fusewise.commands.options import (
     WithoutOption,
     bordered,
     check_asked,
-    check_output,
-    check_picture,
     dtype_of,
     named_profile,
     resolve,
     resolve_or_fail,
-    tell,
     words,
+)
+from fusewise.commands.output import (
+    check_output,
+    check_picture,
+    tell,
     write,
+    write_file,
     write_picture,
 )
 from fusewise.commands.question import Question, asks
@@ -58,7 +61,7 @@ def show(
     if named is not None and profile is not None:
         raise InputError("two profiles", expected="one", got=f"{named} and --profile {profile}")
     check_picture(plot)
-    check_output(html)
+    check_output(html, plot)
     if named is None:
         found = resolve_or_fail(profile, dtype, tp).profile
         assert found is not None
@@ -72,8 +75,7 @@ def show(
     if html is not None:
         from fusewise.report.html import page
 
-        html.write_text(page(found, plan), encoding="utf-8")
-        typer.echo(f"fusewise: wrote {html}", err=True)
+        write_file(html, page(found, plan))
 
 
 @bordered
@@ -102,7 +104,9 @@ def explain(
     tell(found.notes)
     dtype = dtype_of(question.dtype, found.profile)
     if found.profile is not None:
-        found = replace(found, profile=found.profile.without(excluded))
+        less = found.profile.without(excluded)
+        where = found.where if less is not None else f"{found.where} has no other path"
+        found = replace(found, profile=less, where=where)
     answer = reasons(found, op, Shape(1, hidden, dtype), message_bytes)
     sections = list(explained(answer))
     if question.about_engine:

@@ -21,12 +21,16 @@ from fusewise.commands.options import (
     ProfileOption,
     TpOption,
     bordered,
+    check_made_for,
+    integers,
+    words,
+)
+from fusewise.commands.output import (
     check_output,
     check_picture,
-    integers,
     tell,
-    words,
     write,
+    write_file,
 )
 from fusewise.decode.arms import Arm, arms_for
 from fusewise.decode.attempt import Attempt, run_decode
@@ -111,7 +115,7 @@ def decode(
     """
     if under_torchrun():
         raise InputError("decode starts its ranks itself", hint="Run it without torchrun.")
-    check_output(output)  # before minutes are spent
+    check_output(output, plot)  # before minutes are spent
     check_picture(plot)
     team = local_team(tp)
     gpu = team.device == "cuda"
@@ -127,7 +131,7 @@ def decode(
         compiler=compiler or ("inductor" if gpu else "interpreted"),
     )
     check_split(shape_named(settings.model), team.world_size)
-    select(words(without))  # as they will be; an unknown name now, not when the tune has ended
+    check_made_for(team.place.kind, select(words(without)))  # now, not when the tune has ended
     node = team.node()
     cap_bytes = parse_size(engine_cap) if engine_cap is not None else None
     arms = arms_for(
@@ -173,8 +177,7 @@ def _end(attempt: Attempt, settings: DecodeSettings) -> None:
 def _save(record: dict[str, Any], output: Path | None) -> None:
     if output is None:
         return
-    output.write_text(json.dumps(record, indent=1) + "\n")
-    tell([f"wrote {output}"])
+    write_file(output, json.dumps(record, indent=1) + "\n")
 
 
 def _draw(rows: list[Row], title: str, plot: Path | None) -> None:

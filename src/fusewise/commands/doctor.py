@@ -11,7 +11,8 @@ from math import inf
 from pathlib import Path
 from typing import Any, get_args
 
-from fusewise.commands.options import FormatOption, TpOption, bordered, this_node, write
+from fusewise.commands.options import FormatOption, TpOption, bordered, this_node
+from fusewise.commands.output import write
 from fusewise.engines.plugin import explicit_cap, mode
 from fusewise.errors import FusewiseError
 from fusewise.node import Fingerprint

@@ -16,9 +16,8 @@ from fusewise.commands.options import (
     integers,
     resolve,
     resolve_or_fail,
-    tell,
-    write,
 )
+from fusewise.commands.output import tell, write, write_text
 from fusewise.commands.question import Question, asks
 from fusewise.engines import audit as auditing
 from fusewise.engines.base import HIDDEN_SIZES, EngineSettings
@@ -249,15 +248,11 @@ def _to_paste(decision: CapDecision, settings: EngineSettings) -> tuple[str | No
 def _print_cap(
     decision: CapDecision, settings: EngineSettings, rows: Sequence[Mapping[str, Any]]
 ) -> None:
-    typer.echo(decision.cap_bytes or 0)
-    for line in _to_paste(decision, settings):
-        if line is not None:
-            typer.echo(line)
-    typer.echo(f"fusewise: {level_of(decision)}: {decision.why}", err=True)
+    lines = (str(decision.cap_bytes or 0), *_to_paste(decision, settings))
+    write_text("\n".join(line for line in lines if line is not None))
+    tell([f"{level_of(decision)}: {decision.why}"])
     sizes = {row["hidden_size"]: row["max_tokens"] or 0 for row in rows}
     if not settings.counts_tokens:  # the number above is one for all
         sizes = {h: settings.max_tokens(decision.cap_bytes or 0, h) for h in sizes}
     told = ", ".join(f"{tokens} at hidden {hidden}" for hidden, tokens in sizes.items())
-    typer.echo(f"fusewise: tokens still fused: {told}", err=True)
-    for note in settings.notes() if settings.only_lowered else ():
-        typer.echo(f"fusewise: {note}", err=True)
+    tell([f"tokens still fused: {told}", *(settings.notes() if settings.only_lowered else ())])

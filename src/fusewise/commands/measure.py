@@ -22,19 +22,18 @@ from fusewise.commands.options import (
     dtypes,
     integers,
     seconds,
-    tell,
     words,
-    write,
-    write_picture,
 )
-from fusewise.errors import InputError
+from fusewise.commands.output import tell, write, write_picture
+from fusewise.errors import FusewiseError, InputError
 from fusewise.profiles import history, store
 from fusewise.profiles.plan import derive
-from fusewise.profiles.schema import Profile
+from fusewise.profiles.schema import Profile, profile_file_name
 from fusewise.ranks.teams import Team, local_team, torchrun_team, under_torchrun
 from fusewise.report.bench_table import bench as bench_sections
 from fusewise.report.bench_table import header
 from fusewise.report.records import tables
+from fusewise.report.table import Format
 from fusewise.shape import DType, parse_size
 from fusewise.tune.settings import (
     CPU_HIDDEN_SIZES,
@@ -92,12 +91,14 @@ def tune(
             _settings(team, hidden, one, min_size, max_size, budget, rounds, without)
             for one in kinds
         ]
+        for one in kinds:
+            history.check_target(folder / profile_file_name(team.node(), one))
         made: list[Profile] = []
         missed: list[str] = []
         with alone():
             for settings in asked:
                 with kept_so_far(made):
-                    profile = _tuned(team, settings, folder, fresh, missed)
+                    profile = _tuned(team, settings, folder, fresh, missed, fmt)
                 if profile is not None:
                     made.append(profile)
         if not made or (team.world is not None and team.world.rank):
@@ -111,9 +112,10 @@ def tune(
 
 
 def _tuned(
-    team: Team, settings: Settings, folder: Path, fresh: bool, missed: list[str]
+    team: Team, settings: Settings, folder: Path, fresh: bool, missed: list[str], fmt: Format
 ) -> Profile | None:
-    """Measures one dtype and keeps it at once: a later one's failure must not lose it.
+    """Measures one dtype and keeps it at once: a later one's failure must not lose it, nor its own
+    when it is written: then its tables are printed all the same.
 
     Adds to ``missed`` what the budget did not reach, in words.
     """
@@ -133,10 +135,14 @@ def _tuned(
         measured = tune_everywhere(team, settings, heard, known)
     if measured is None:
         return None
-    if fresh:
-        path, profile = store.save(measured, folder), measured
-    else:
-        path, profile = store.extend(measured, folder)
+    try:
+        if fresh:
+            path, profile = store.save(measured, folder), measured
+        else:
+            path, profile = store.extend(measured, folder)
+    except FusewiseError:
+        write(tables(measured, derive(measured)), fmt, main="measurements")
+        raise
     if team.world is None or team.world.rank == 0:
         extends = profile.provenance.extends
         more = f", extending what was measured {extends}" if extends else ""

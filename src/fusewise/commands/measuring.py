@@ -13,6 +13,7 @@ from pathlib import Path
 
 import typer
 
+from fusewise.commands.output import check_stdout
 from fusewise.errors import UnavailableError
 from fusewise.profiles import private
 from fusewise.profiles.variables import path_of
@@ -34,8 +35,9 @@ def alone() -> Iterator[None]:
     Under torchrun one process of each host does so for all of them.
 
     Raises:
-        UnavailableError: another measurement did not end in time.
+        UnavailableError: another measurement did not end in time, or nobody hears what is measured.
     """
+    check_stdout()
     if under_torchrun() and os.environ.get("LOCAL_RANK", "0") != "0":
         yield
         return

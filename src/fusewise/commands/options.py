@@ -1,25 +1,22 @@
-"""What several commands share: option types, parsing, the error border, writing to stdout."""
+"""What several commands share: option types, parsing, the error border."""
 
 from __future__ import annotations
 
 import functools
-import io
 import os
 import re
-import sys
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable, Collection, Sequence
 from typing import Annotated, Any, TypeVar
 
 import typer
 
+from fusewise.commands.output import tell
 from fusewise.errors import FusewiseError, InputError, ProfileError, UnavailableError
-from fusewise.node import Fingerprint, gpu_count, probe
+from fusewise.node import Fingerprint, Kind, gpu_count, probe
 from fusewise.profiles import shelf, store
 from fusewise.profiles.schema import Profile, profile_file_name
 from fusewise.ranks.place import default_ranks
-from fusewise.report.table import Format, Section
-from fusewise.report.text import render_sections
+from fusewise.report.table import Format
 from fusewise.shape import DType, parse_dtype
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -77,33 +74,11 @@ def bordered(command: Command) -> Command:
             hint = "Run `pip install torch`; `fusewise doctor` says what else is missing."
             typer.echo(f"fusewise: error: torch cannot be imported ({error}). {hint}", err=True)
             raise typer.Exit(UnavailableError.exit_code) from None
-        except BrokenPipeError:
-            # The reader went away (`| head`): what is still buffered must not raise at exit.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            raise typer.Exit(0) from None
         except OSError as error:  # a file or stream of the user's: named by the error itself
             typer.echo(f"fusewise: error: {error}", err=True)
             raise typer.Exit(UnavailableError.exit_code) from None
 
     return run  # type: ignore[return-value]
-
-
-def write(sections: Sequence[Section], fmt: Format, main: str | None = None) -> None:
-    """Data to stdout, flushed, so that a closed pipe is noticed here.
-
-    ``main``: the name of the one table that CSV holds; by default the first.
-    """
-    write_text(render_sections(sections, fmt, main=main))
-
-
-def write_text(text: str) -> None:
-    """A text to stdout, as ``write`` does it."""
-    if sys.stdout is None:
-        raise UnavailableError("stdout is closed", hint="Redirect it to a file or a pipe.")
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a terminal without µ still gets its table
-    sys.stdout.write(text if text.endswith("\n") else text + "\n")
-    sys.stdout.flush()
 
 
 def integers(text: str | None, default: Sequence[int]) -> tuple[int, ...]:
@@ -139,6 +114,23 @@ def seconds(text: str) -> float:
 def words(items: Sequence[str] | None) -> tuple[str, ...]:
     """``["a,b", "c"]`` → ``("a", "b", "c")``: repeated options and commas mean the same."""
     return tuple(w.strip() for item in items or () for w in item.split(",") if w.strip())
+
+
+def check_made_for(kind: Kind, chosen: Collection[str]) -> None:
+    """Whether any of the backends chosen, if there are some, runs where these ranks do.
+
+    Raises:
+        InputError: none does.
+    """
+    from fusewise.backends.registry import ids_for
+
+    here = ids_for(kind)
+    if chosen and not set(chosen) & set(here):
+        raise InputError(
+            "no such backend where these ranks run",
+            expected=", ".join(here),
+            got=", ".join(sorted(chosen)),
+        )
 
 
 def this_node(tp: int | None) -> Fingerprint:
@@ -191,9 +183,10 @@ def resolve_or_fail(
     found = resolve(profile, dtype, tp, strict)
     tell(found.notes)
     if found.profile is None:
+        names = ", ".join(dict.fromkeys(one.name for one in shelf.shelf()))
         raise ProfileError(
             found.where,
-            hint=f"Run `fusewise tune`, or pass --profile ({', '.join(store.packaged_names())}).",
+            hint=f"Run `fusewise tune`, or choose with --dtype, --tp or --profile: {names}.",
         )
     return found
 
@@ -219,62 +212,11 @@ def own_name(dtype: str | None, tp: int | None) -> str:
     """
     file = store.user_dir() / profile_file_name(this_node(tp), dtype_of(dtype, None))
     if not file.exists():
-        raise ProfileError("this node has no profile", hint="Run `fusewise tune`.")
-    return file.stem
-
-
-def tell(notes: Sequence[str]) -> None:
-    """Notes to stderr."""
-    for note in notes:
-        typer.echo(f"fusewise: {note}", err=True)
-
-
-def write_picture(profile: Any, plan: Any, file: Path) -> None:
-    """The profile's picture."""
-    from fusewise.report.plot import save
-
-    save(profile, plan, file)
-    typer.echo(f"fusewise: wrote {file}", err=True)
-
-
-def check_output(file: Path | None, suffixes: Sequence[str] = ()) -> None:
-    """Whether a file can be written there: asked before anything is measured.
-
-    Raises:
-        InputError: another suffix.
-        UnavailableError: nothing can be written there, or there is no such directory.
-    """
-    if file is None:
-        return
-    if suffixes and file.suffix.lower() not in suffixes:
-        raise InputError("unknown picture format", expected=" or ".join(suffixes), got=str(file))
-    if not file.parent.is_dir():
-        raise UnavailableError(
-            f"cannot write {file}", got="a directory that does not exist", hint="Make it first."
+        raise ProfileError(
+            f"this node has no profile {file.stem}",
+            hint="Run `fusewise tune`; `fusewise profile list` shows what there is.",
         )
-    if file.is_dir():
-        raise UnavailableError(f"cannot write {file}", expected="a file", got="a directory")
-    try:
-        if file.exists():
-            file.open("r+b").close()
-        else:
-            file.open("xb").close()
-            file.unlink()
-    except OSError as error:
-        raise UnavailableError(f"cannot write {file}", got=error.strerror) from error
-
-
-def check_picture(file: Path | None) -> None:
-    """Whether a picture can be written there; see ``check_output``.
-
-    Raises:
-        UnavailableError: a .png without matplotlib.
-    """
-    check_output(file, (".svg", ".png"))
-    if file is not None and file.suffix.lower() == ".png":
-        from fusewise.report.drawing import check_matplotlib
-
-        check_matplotlib("a .png")
+    return file.stem
 
 
 def dtypes(text: str) -> tuple[DType, ...]:

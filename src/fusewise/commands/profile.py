@@ -16,10 +16,8 @@ from fusewise.commands.options import (
     bordered,
     named_profile,
     own_name,
-    tell,
-    write,
-    write_text,
 )
+from fusewise.commands.output import tell, write, write_text
 from fusewise.errors import FusewiseError, ProfileError
 from fusewise.profiles import history, shelf, store
 from fusewise.profiles.compare import compare as compared

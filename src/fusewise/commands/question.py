@@ -20,9 +20,9 @@ from fusewise.commands.options import (
     StrictOption,
     TpOption,
     dtype_of,
-    tell,
     this_node,
 )
+from fusewise.commands.output import tell
 from fusewise.engines import registry
 from fusewise.engines.base import Engine, EngineSettings, FlagValue
 from fusewise.engines.cap import CapDecision, ExplicitCap, decide_cap
@@ -96,7 +96,9 @@ class Question:
         others = [name for name in self.own if name not in {flag.name for flag in engine.flags}]
         if others:
             names = ", ".join(name.replace("_", "-") for name in others)
-            raise InputError(f"{engine.name} has no option --{names}")
+            raise InputError(
+                f"{engine.name} has no option --{names}", hint="Name its engine with --engine."
+            )
         for flag in engine.flags:
             value = self.own.get(flag.name)
             if flag.values and value is not None and value not in flag.values:

@@ -7,13 +7,8 @@ from typing import Annotated
 
 import typer
 
-from fusewise.commands.options import (
-    bordered,
-    check_output,
-    resolve_or_fail,
-    tell,
-    write_text,
-)
+from fusewise.commands.options import bordered, resolve_or_fail
+from fusewise.commands.output import check_output, write_file, write_text
 from fusewise.commands.question import Question, asks
 from fusewise.profiles.plan import derive
 
@@ -51,5 +46,4 @@ def report(
     if output == _STDOUT:
         write_text(text)
         return
-    output.write_text(text, encoding="utf-8")
-    tell([f"wrote {output}"])
+    write_file(output, text)

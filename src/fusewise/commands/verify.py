@@ -12,12 +12,12 @@ from fusewise.commands.options import (
     HiddenOption,
     WithoutOption,
     bordered,
+    check_made_for,
     dtypes,
     integers,
-    tell,
     words,
-    write,
 )
+from fusewise.commands.output import check_stdout, tell, write
 from fusewise.errors import InputError, VerificationError
 from fusewise.ranks.teams import Team, local_team, under_torchrun
 from fusewise.report.table import Column, Section
@@ -25,8 +25,6 @@ from fusewise.tune.stack_grid import FEW_TOKENS, HIDDEN_SIZES, TOKENS, StackGrid
 
 if TYPE_CHECKING:
     from typing import Any
-
-    from fusewise.node import Kind
 
 _COLUMNS = (
     Column("backend", "backend"),
@@ -69,9 +67,10 @@ def verify(
     """
     if under_torchrun():
         raise InputError("verify starts its ranks itself", hint="Run it without torchrun.")
+    check_stdout()
     chosen = _chosen(words(backend), words(without))
     team = local_team(ranks, share=True)
-    _check_made_for(team.place.kind, chosen)
+    check_made_for(team.place.kind, chosen)
     few = team.device == "cpu" or (team.place.shared and team.world_size > 2)
     grid = StackGrid(
         dtypes=dtypes(dtype),
@@ -100,17 +99,6 @@ def _chosen(only: tuple[str, ...], without: tuple[str, ...]) -> tuple[str, ...]:
     if not chosen:
         raise InputError("nothing is left to verify", hint="Name fewer backends in --without.")
     return tuple(sorted(chosen)) if only or without else ()
-
-
-def _check_made_for(kind: Kind, chosen: tuple[str, ...]) -> None:
-    from fusewise.backends.registry import ids_for
-
-    here = ids_for(kind)
-    if chosen and not set(chosen) & set(here):
-        raise InputError(
-            "no such backend where these ranks run", expected=", ".join(here),
-            got=", ".join(chosen),
-        )  # fmt: skip
 
 
 def _notes(team: Team, grid: StackGrid) -> list[str]:

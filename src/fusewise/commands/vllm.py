@@ -26,10 +26,9 @@ from fusewise.commands.options import (
     integers,
     resolve,
     resolve_or_fail,
-    tell,
     this_node,
-    write,
 )
+from fusewise.commands.output import tell, write, write_text
 from fusewise.engines import on_disk
 from fusewise.engines.audit import Audit
 from fusewise.engines.audit import audit as audit_profile
@@ -235,8 +234,8 @@ def patch(
             hint="Run `fusewise tune` on the node first.",
         )
     text = _table_text(source)
-    typer.echo(evidence(result, found.profile, settings))
-    typer.echo(table_patch(text, settings, result.cap.cap_bytes), nl=False)
+    patch = table_patch(text, settings, result.cap.cap_bytes)
+    write_text(f"{evidence(result, found.profile, settings)}\n{patch}")
 
 
 def _table_text(source: Path | None) -> str:

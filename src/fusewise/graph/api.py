@@ -50,13 +50,18 @@ def fusion_pass(
             even if it is no power of two, which moves a rounding.
 
     Raises:
-        InputError: a communicator and a group or profile were given.
+        InputError: a communicator and a group or profile were given, or an argument is of another
+            kind.
         UnavailableError: this torch has no custom graph passes as we know them, or no process
             group is initialised.
     """
     require()
     if communicator is not None and (group is not None or profile is not None):
         raise InputError("a communicator already has its group and its profile", got="both")
+    if communicator is not None and not isinstance(communicator, Communicator):
+        raise InputError("communicator", expected="a Communicator", got=type(communicator).__name__)
+    if isinstance(group_names, str):
+        raise InputError("group_names", expected="a collection of names", got=repr(group_names))
     used = communicator or Communicator(group, profile)
     log.info("%s: the pass decides by %s", used.group, used.source)
     return FusionPass(
@@ -106,8 +111,12 @@ def compile(
         torch_compile: further arguments of ``torch.compile``, such as ``fullgraph``.
 
     Raises:
-        InputError: ``fusion`` together with a group or profile.
+        InputError: ``fusion`` together with a group or profile, or an argument is of another kind.
     """
+    if not callable(model):
+        raise InputError("model", expected="a module or function", got=type(model).__name__)
+    if fusion is not None and not isinstance(fusion, FusionPass):
+        raise InputError("fusion", expected="a fusion_pass()", got=type(fusion).__name__)
     if fusion is not None and (group is not None or profile is not None):
         raise InputError("the pass already has its group and its profile", got="both")
     try:

@@ -63,10 +63,7 @@ def put(profile: Profile, folder: Path) -> Path:
         UnavailableError: the target is a symlink, or cannot be written; the old one stays.
     """
     target = folder / profile.file_name
-    if target.is_symlink():
-        raise UnavailableError(
-            f"{target} is a symbolic link", hint="Remove it; profiles are regular files."
-        )
+    check_target(target)
     try:
         if target.exists():
             _keep(target)
@@ -74,6 +71,22 @@ def put(profile: Profile, folder: Path) -> Path:
     except OSError as error:
         raise UnavailableError(f"cannot write {target}", got=str(error)) from error
     return target
+
+
+def check_target(target: Path) -> None:
+    """Whether a profile can be put there, and what is there into the history.
+
+    Raises:
+        UnavailableError: it is no regular file, or its history cannot be written.
+    """
+    if target.is_symlink() or (target.exists() and not target.is_file()):
+        got = "a symbolic link" if target.is_symlink() else "something else"
+        raise UnavailableError(
+            f"{target} is no profile", expected="a regular file", got=got, hint="Remove it."
+        )
+    there = folder_of(target)
+    if there.is_dir() and not os.access(there, os.W_OK | os.X_OK):
+        raise UnavailableError(f"cannot keep the earlier profile: {there} cannot be written")
 
 
 def folder_of(target: Path) -> Path:

@@ -240,12 +240,17 @@ def parse_profile(text: str, where: str) -> Profile:
             f"{where} is no profile", expected=f"at most {MAX_PROFILE_BYTES} bytes", got="more"
         )
     try:
-        document: Any = json.loads(text, parse_constant=_refuse_constant)
+        document: Any = json.loads(
+            text, parse_constant=_refuse_constant, object_pairs_hook=_once_each
+        )
     except (ValueError, RecursionError) as error:
         raise ProfileError(
             f"{where} is not valid JSON", got=str(error), hint=REPLACE_HINT
         ) from error
-    version = document.get("schema_version") if isinstance(document, dict) else None
+    if not isinstance(document, dict):
+        got = type(document).__name__
+        raise ProfileError(f"{where} is no profile", expected="a JSON object", got=got)
+    version = document.get("schema_version")
     if version != SCHEMA_VERSION or isinstance(version, bool):
         raise ProfileError(
             f"{where} at $.schema_version",
@@ -260,9 +265,19 @@ def parse_profile(text: str, where: str) -> Profile:
         place = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in fault["loc"])
         raise ProfileError(
             f"{where} at ${place}",
-            got=fault["msg"],
+            expected=fault["msg"].removeprefix("Input should be "),
+            got=repr(fault["input"])[:80],
             hint=REPLACE_HINT,
         ) from error
+
+
+def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"{twice!r} stands there twice")
+    return found
 
 
 def _refuse_constant(name: str) -> float:

@@ -172,7 +172,9 @@ def _candidates(
     ]
     for level, folder in folders:
         path = folder / profile_file_name(node, dtype)
-        if os.path.lexists(path):
+        if folder.is_dir() and not os.access(folder, os.R_OK | os.X_OK):
+            notes.append(f"{level} passed over: {folder} cannot be read")
+        elif os.path.lexists(path):
             # What searching finds decides what an engine runs, and nobody asked for it by name.
             if level == "user profile" and (reason := open_to_others(folder)):
                 notes.append(f"{level} passed over: {folder} {reason}. Run: chmod go-w {folder}")
@@ -226,10 +228,13 @@ def _read(path: Path) -> str:
     try:
         handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
-        reason = "a symbolic link" if path.is_symlink() else error.strerror
+        if path.is_symlink():
+            raise ProfileError(
+                f"cannot read profile {path}", expected="a regular file", got="a symbolic link"
+            ) from error
         known = ", ".join(packaged_names())
         raise ProfileError(
-            f"cannot read profile {path}", got=reason, hint=f"Packaged profiles: {known}."
+            f"cannot read profile {path}", got=error.strerror, hint=f"Packaged profiles: {known}."
         ) from error
     try:
         if not stat.S_ISREG(os.fstat(handle).st_mode):

@@ -15,7 +15,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
-from fusewise.errors import DisagreementError, RankError, RankTimeoutError, UnavailableError
+from fusewise.errors import (
+    DisagreementError,
+    InputError,
+    RankError,
+    RankTimeoutError,
+    UnavailableError,
+)
 from fusewise.ranks.place import shares_gpus
 
 if TYPE_CHECKING:
@@ -45,6 +51,7 @@ class Group:
         timeout_s: bound of every wait.
 
     Raises:
+        InputError: that is no process group.
         UnavailableError: torch.distributed is not initialised, or this rank is not a member.
     """
 
@@ -60,6 +67,11 @@ class Group:
                 hint="Call torch.distributed.init_process_group first, or start with torchrun.",
             )
         process_group = process_group or dist.distributed_c10d._get_default_group()
+        given: object = process_group
+        outside: object = dist.GroupMember.NON_GROUP_MEMBER  # what torch gives those it leaves out
+        if given is not outside and not isinstance(given, dist.ProcessGroup):
+            got = type(given).__name__
+            raise InputError("group", expected="a torch.distributed process group", got=got)
         if dist.get_rank(process_group) < 0:
             raise UnavailableError("this rank is not a member of the group it was given")
         self._process_group = weakref.ref(process_group)

@@ -212,8 +212,11 @@ def _markdown(section: Section) -> str:
     heads = [_escape_markdown(column.head).replace("\n", "<br>") for column in section.columns]
     rows = [[_escape_markdown(cell) for cell in row] for row in cells(section)]
     lines = [f"| {' | '.join(row)} |" for row in (heads, rule, *rows)]
-    if section.title:
-        lines[:0] = [f"### {_escape_markdown(printable(section.title))}", ""]
+    title = (section.title or "").splitlines()
+    if len(title) > 1:
+        lines[:0] = ["```", *map(printable, title), "```", ""]
+    elif title:
+        lines[:0] = [f"### {_escape_markdown(printable(title[0]))}", ""]
     if section.notes:
         lines += ["", *(f"- {_escape_markdown(printable(note))}" for note in section.notes)]
     if section.verbatim:

@@ -75,7 +75,7 @@ def usable(x: Tensor, name: str, device: torch.device) -> Tensor:
     if x.dtype not in DTYPE_NAMES or x.device != device or x.ndim == 0:
         raise InputError(
             f"{name} cannot be reduced",
-            expected=f"bfloat16, float16 or float32 on {device}",
+            expected=f"bfloat16, float16 or float32 of one dimension or more on {device}",
             got=f"{x.dtype} of shape {tuple(x.shape)} on {x.device}",
         )
     if x.requires_grad and torch.is_grad_enabled():

@@ -59,7 +59,11 @@ class Settings:
                 got=format_size(self.max_bytes),
             )
         if not 0 < self.budget_s <= 86_400:
-            raise InputError("budget out of range", expected="0 to 24 h", got=f"{self.budget_s} s")
+            raise InputError(
+                "budget out of range",
+                expected="more than 0 s, up to 24 h",
+                got=f"{self.budget_s:g} s",
+            )
         if not MIN_ROUNDS <= self.rounds <= 1001:
             expected = f"{MIN_ROUNDS} to 1001"
             raise InputError("rounds out of range", expected=expected, got=str(self.rounds))
