@@ -166,3 +166,17 @@ def test_below_the_smallest_measured_size_its_path_runs_and_nothing_is_claimed(
     else:
         band = table.band_at(first - 1)
         assert (band.path, band.verdict, band.origin) == (FUSED, "inconclusive", below)
+
+
+def test_a_token_of_a_narrower_row_is_extrapolated() -> None:
+    plan = derive(profile_of({tokens: {FUSED: 5.0, UNFUSED: 8.0} for tokens in (1, 64)}))
+    for hidden_size, size, origin in (
+        (1024, 2048, "extrapolated"),
+        (1024, 4095, "extrapolated"),
+        (1024, 4096, "measured"),
+        (2048, 4095, "measured"),
+        (4096, 8192, "measured"),
+    ):
+        band = plan.band_at("all_reduce_rms_norm", hidden_size, size)
+        assert (band.origin, band.path) == (origin, FUSED)
+        assert band.verdict == ("fuse" if origin == "measured" else "inconclusive")

@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 from bisect import bisect_right
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from fusewise.errors import ProfileError
@@ -100,7 +100,12 @@ class Plan:
         table = self.table_for(op, hidden_size)
         if table is None:
             return default_band(baseline_path(self.baseline, op))
-        return table.band_at(message_bytes)
+        band = table.band_at(message_bytes)
+        if hidden_size == table.hidden_size or message_bytes >= table.validated_from:
+            return band
+        # One token of a narrower row is less than the smallest that was measured.
+        end = table.validated_from
+        return replace(band, end_bytes=end, verdict="inconclusive", origin="extrapolated")
 
     def paths(self) -> set[str]:
         """Every path some band names, the baseline included."""
