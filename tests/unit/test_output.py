@@ -85,6 +85,17 @@ def test_a_link_stays_one_and_a_device_is_written_to(tmp_path: Path) -> None:
     assert not Path(os.devnull).is_file()
 
 
+def test_a_file_in_a_folder_that_takes_no_other_is_written_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "mounted"
+    file.write_text("old")
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    before = file.stat().st_ino
+    write_file(file, "new")
+    assert (file.read_text(), file.stat().st_ino) == ("new", before)
+
+
 def test_two_outputs_have_a_file_each(tmp_path: Path) -> None:
     check_output(tmp_path / "a", tmp_path / "b", None)
     with pytest.raises(InputError, match="two outputs into"):

@@ -59,16 +59,17 @@ def tell(notes: Sequence[str]) -> None:
 
 
 def write_file(file: Path, text: str) -> None:
-    """A text into the user's file, which has its old content or the whole new one.
+    """A text into the user's file, which has its old content or the whole new one; a pipe, a device
+    or a file in a folder that takes no other is written to.
 
     Raises:
         UnavailableError: it cannot be written.
     """
+    target = file.resolve()  # what a link stands for
     try:
-        if file.exists() and not file.is_file():  # a pipe, a device
-            file.write_text(text, encoding="utf-8")
+        if target.exists() and not (target.is_file() and os.access(target.parent, os.W_OK)):
+            target.write_text(text, encoding="utf-8")
         else:
-            target = file.resolve()  # what a link stands for
             mode = target.stat().st_mode if target.exists() else 0o666 & ~_umask()
             private.write_whole(target, text.encode())
             target.chmod(mode & 0o7777)
