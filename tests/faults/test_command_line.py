@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -130,5 +131,5 @@ def test_an_interface_that_is_not_there_is_named(tmp_path: Path) -> None:
         timeout=100,
     )
     assert (done.returncode, done.stdout) == (3, "")
-    assert "GLOO_SOCKET_IFNAME is 'nope0': name an interface of this machine" in done.stderr
+    assert re.search(r"GLOO_SOCKET_IFNAME: expected of .*lo.*, got nope0", done.stderr)
     assert "Traceback" not in done.stderr

@@ -81,6 +81,7 @@ def test_a_link_stays_one_and_a_device_is_written_to(tmp_path: Path) -> None:
     write_file(link, "words")
     assert link.is_symlink()
     assert (tmp_path / "there").read_text() == "words"
+    check_output(link, Path(os.devnull))
     write_file(Path(os.devnull), "words")
     assert not Path(os.devnull).is_file()
 
@@ -90,10 +91,25 @@ def test_a_file_in_a_folder_that_takes_no_other_is_written_to(
 ) -> None:
     file = tmp_path / "mounted"
     file.write_text("old")
-    monkeypatch.setattr(os, "access", lambda *_: False)
+
+    def refuse(*_: object) -> None:
+        raise PermissionError(13, "no other file here")
+
+    monkeypatch.setattr(private, "write_whole", refuse)
     before = file.stat().st_ino
     write_file(file, "new")
     assert (file.read_text(), file.stat().st_ino) == ("new", before)
+
+
+def test_a_link_to_nothing_is_a_file_to_be_and_one_to_itself_is_none(tmp_path: Path) -> None:
+    (tmp_path / "new").symlink_to(tmp_path / "there")
+    check_output(tmp_path / "new")
+    assert not (tmp_path / "there").exists()
+    write_file(tmp_path / "new", "words")
+    assert (tmp_path / "there").read_text() == "words"
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    with pytest.raises(UnavailableError, match="cannot write"):
+        check_output(tmp_path / "loop")
 
 
 def test_two_outputs_have_a_file_each(tmp_path: Path) -> None:
@@ -138,7 +154,8 @@ def test_a_profile_that_cannot_be_written_is_printed(monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.usefixtures("own_home")
-def test_where_no_profile_can_be_put_nothing_is_measured() -> None:
+def test_where_no_profile_can_be_put_nothing_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supervise, "tune_everywhere", lambda *_: pytest.fail("it measured"))
     node = probe(2, device_type="cpu")
     target = store.user_dir() / profile_file_name(node, "bfloat16")
     private.why_not_private(target.parent, private.OTHERS_WRITE)
@@ -147,6 +164,14 @@ def test_where_no_profile_can_be_put_nothing_is_measured() -> None:
     target.unlink()
     target.mkdir()
     assert "expected a regular file, got something else" in run("tune", code=3)[1]
+
+
+@pytest.mark.usefixtures("own_home")
+def test_a_folder_of_profiles_that_cannot_be_read_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    private.why_not_private(store.user_dir(), private.OTHERS_WRITE)
+    monkeypatch.setattr(os, "access", lambda _, mode: mode == os.F_OK)
+    notes = store.find_profile(probe(2, device_type="cpu"), "bfloat16").notes
+    assert f"user profile passed over: {store.user_dir()} cannot be read" in notes
 
 
 def test_what_has_no_path_left_says_so() -> None:

@@ -9,9 +9,10 @@ from typing import Any
 
 import typer
 
-from fusewise.commands.options import INTERRUPTED, this_node
+from fusewise.commands.options import INTERRUPTED
 from fusewise.commands.output import check_picture
 from fusewise.profiles.schema import Profile
+from fusewise.ranks.place import default_ranks
 from fusewise.shape import DType, Shape, format_size
 from fusewise.tune.settings import Settings
 
@@ -67,7 +68,7 @@ def _asked_for(profile: Profile) -> str:
     """The options by which this node's profile is found where they are not the defaults."""
     dtype = "" if profile.dtype == "bfloat16" else f" --dtype {profile.dtype}"
     ranks = profile.fingerprint.world_size
-    return dtype + ("" if ranks == this_node(None).world_size else f" --tp {ranks}")
+    return dtype + ("" if ranks == default_ranks() else f" --tp {ranks}")
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Collection
 from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
@@ -131,11 +132,11 @@ def decode(
         compiler=compiler or ("inductor" if gpu else "interpreted"),
     )
     check_split(shape_named(settings.model), team.world_size)
-    check_made_for(team.place.kind, select(words(without)))  # now, not when the tune has ended
+    chosen = select(words(without))  # an unknown name now, not when the tune has ended
     node = team.node()
     cap_bytes = parse_size(engine_cap) if engine_cap is not None else None
     arms = arms_for(
-        _profile(profile, node, team, settings),
+        _profile(profile, node, team, settings, chosen),
         settings.hidden_size,
         _engine(node, settings),
         engine_cap_bytes=cap_bytes,
@@ -235,8 +236,15 @@ def _arm_record(arm: Arm, hidden_size: int) -> dict[str, Any]:
     return {"name": arm.name, "note": arm.note, "digest": arm.plan.digest, "bands": bands}
 
 
-def _profile(name: str | None, node: Fingerprint, team: Team, settings: DecodeSettings) -> Profile:
-    """The profile named, else this node's own if it knows the hidden size, else a short tune."""
+def _profile(
+    name: str | None,
+    node: Fingerprint,
+    team: Team,
+    settings: DecodeSettings,
+    without: Collection[str],
+) -> Profile:
+    """The profile named, else this node's own if it knows the hidden size, else a short tune, which
+    must measure something of what is then to be left out."""
     found = store.find_profile(node, settings.dtype, argument=name)
     tell(found.notes)
     if name is not None and found.profile is not None and found.profile.dtype != settings.dtype:
@@ -245,6 +253,7 @@ def _profile(name: str | None, node: Fingerprint, team: Team, settings: DecodeSe
         name is not None or settings.hidden_size in found.profile.points()
     ):
         return found.profile
+    check_made_for(team.place.kind, without)
     tell([f"no profile at hidden {settings.hidden_size}: measuring for {_TUNE_S[team.device]:g} s"])
     from fusewise.commands.progress import progress
     from fusewise.ranks.supervisor import terminated_like_interrupted

@@ -140,7 +140,7 @@ def _tuned(
             path, profile = store.save(measured, folder), measured
         else:
             path, profile = store.extend(measured, folder)
-    except FusewiseError:
+    except (FusewiseError, OSError, NotImplementedError):  # the last: no locks on that file system
         write(tables(measured, derive(measured)), fmt, main="measurements")
         raise
     if team.world is None or team.world.rank == 0:

@@ -1,9 +1,11 @@
-"""What commands write: data to stdout, words to stderr, files whole or not at all."""
+"""What commands write: data to stdout, words to stderr, texts into files, whole or not at all."""
 
 from __future__ import annotations
 
+import errno
 import io
 import os
+import stat
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -59,23 +61,33 @@ def tell(notes: Sequence[str]) -> None:
 
 
 def write_file(file: Path, text: str) -> None:
-    """A text into the user's file, which has its old content or the whole new one; a pipe, a device
-    or a file in a folder that takes no other is written to.
+    """A text into the user's file, which has its old content or the whole new one. What cannot be
+    replaced is written in place: a pipe, a device, another user's file, a mounted one.
 
     Raises:
         UnavailableError: it cannot be written.
     """
-    target = file.resolve()  # what a link stands for
+    target = Path(os.path.realpath(file))  # what a link stands for
     try:
-        if target.exists() and not (target.is_file() and os.access(target.parent, os.W_OK)):
-            target.write_text(text, encoding="utf-8")
-        else:
-            mode = target.stat().st_mode if target.exists() else 0o666 & ~_umask()
-            private.write_whole(target, text.encode())
-            target.chmod(mode & 0o7777)
+        if not _replaced(target, text.encode()):
+            file.write_text(text, encoding="utf-8")
     except OSError as error:
         raise UnavailableError(f"cannot write {file}", got=error.strerror or str(error)) from error
     tell([f"wrote {file}"])
+
+
+def _replaced(target: Path, content: bytes) -> bool:
+    try:
+        found = target.stat() if target.exists() else None
+        if found and not (stat.S_ISREG(found.st_mode) and found.st_uid == os.geteuid()):
+            return False
+        private.write_whole(target, content)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EBUSY):
+            return False
+        raise
+    target.chmod(stat.S_IMODE(found.st_mode) if found else 0o666 & ~_umask())
+    return True
 
 
 def _umask() -> int:
@@ -100,7 +112,7 @@ def check_output(*files: Path | None, suffixes: Sequence[str] = ()) -> None:
         UnavailableError: nothing can be written there, or there is no such directory.
     """
     named = [file for file in files if file is not None]
-    if len({file.resolve() for file in named}) < len(named):
+    if len({os.path.realpath(file) for file in named}) < len(named):
         raise InputError(f"two outputs into {named[0]}", hint="Name a file for each.")
     for file in named:
         if suffixes and file.suffix.lower() not in suffixes:
@@ -113,14 +125,16 @@ def check_output(*files: Path | None, suffixes: Sequence[str] = ()) -> None:
             )
         if file.is_dir():
             raise UnavailableError(f"cannot write {file}", expected="a file", got="a directory")
+        target = Path(os.path.realpath(file))
         try:
             if file.exists():
-                file.open("r+b").close()
+                os.close(os.open(file, os.O_WRONLY | os.O_NONBLOCK))
             else:
-                file.open("xb").close()
-                file.unlink()
+                target.open("xb").close()
+                target.unlink()
         except OSError as error:
-            raise UnavailableError(f"cannot write {file}", got=error.strerror) from error
+            got = error.strerror or str(error)
+            raise UnavailableError(f"cannot write {file}", got=got) from error
 
 
 def check_picture(file: Path | None) -> None:

@@ -60,7 +60,7 @@ def fusion_pass(
         raise InputError("a communicator already has its group and its profile", got="both")
     if communicator is not None and not isinstance(communicator, Communicator):
         raise InputError("communicator", expected="a Communicator", got=type(communicator).__name__)
-    if isinstance(group_names, str):
+    if isinstance(group_names, str) or not isinstance(group_names, Collection):
         raise InputError("group_names", expected="a collection of names", got=repr(group_names))
     used = communicator or Communicator(group, profile)
     log.info("%s: the pass decides by %s", used.group, used.source)

@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 from bisect import bisect_right
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from fusewise.errors import ProfileError
@@ -105,7 +105,7 @@ class Plan:
             return band
         # One token of a narrower row is less than the smallest that was measured.
         end = table.validated_from
-        return replace(band, end_bytes=end, verdict="inconclusive", origin="extrapolated")
+        return Band(band.min_bytes, end, band.path, "inconclusive", "extrapolated")
 
     def paths(self) -> set[str]:
         """Every path some band names, the baseline included."""

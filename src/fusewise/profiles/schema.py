@@ -265,10 +265,14 @@ def parse_profile(text: str, where: str) -> Profile:
         place = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in fault["loc"])
         raise ProfileError(
             f"{where} at ${place}",
-            expected=fault["msg"].removeprefix("Input should be "),
-            got=repr(fault["input"])[:80],
+            **_told(fault["msg"], fault["input"]),
             hint=REPLACE_HINT,
         ) from error
+
+
+def _told(message: str, got: object) -> dict[str, str]:
+    wanted = message.removeprefix("Input should be ")
+    return {"got": message} if wanted == message else {"expected": wanted, "got": f"{got!r:.80}"}
 
 
 def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -172,7 +172,7 @@ def _candidates(
     ]
     for level, folder in folders:
         path = folder / profile_file_name(node, dtype)
-        if folder.is_dir() and not os.access(folder, os.R_OK | os.X_OK):
+        if os.access(folder, os.F_OK) and not os.access(folder, os.R_OK | os.X_OK):
             notes.append(f"{level} passed over: {folder} cannot be read")
         elif os.path.lexists(path):
             # What searching finds decides what an engine runs, and nobody asked for it by name.

@@ -66,7 +66,8 @@ class Group:
                 "no process group",
                 hint="Call torch.distributed.init_process_group first, or start with torchrun.",
             )
-        process_group = process_group or dist.distributed_c10d._get_default_group()
+        if process_group is None:
+            process_group = dist.distributed_c10d._get_default_group()
         given: object = process_group
         outside: object = dist.GroupMember.NON_GROUP_MEMBER  # what torch gives those it leaves out
         if given is not outside and not isinstance(given, dist.ProcessGroup):

@@ -7,7 +7,8 @@ differs between them is a field here. Imports no torch, starts nothing and measu
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+import socket
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from fusewise.errors import InputError, UnavailableError
@@ -137,3 +138,18 @@ def sharing(devices: Iterable[str | None]) -> list[str]:
     """The devices that more than one rank named; None stands for a CPU."""
     named = [device for device in devices if device is not None]
     return sorted({device for device in named if named.count(device) > 1})
+
+
+def check_interface(environ: Mapping[str, str] = os.environ) -> None:
+    """Whether gloo, which has no words for it, finds the network interfaces it is told to use.
+
+    Raises:
+        UnavailableError: ``GLOO_SOCKET_IFNAME`` names one that this machine does not have.
+    """
+    here = {name for _, name in socket.if_nameindex()}
+    asked = environ.get("GLOO_SOCKET_IFNAME", "").split(",")
+    unknown = [name for name in asked if name and name not in here]
+    if unknown:
+        raise UnavailableError(
+            "GLOO_SOCKET_IFNAME", expected=f"of {', '.join(sorted(here))}", got=", ".join(unknown)
+        )

@@ -13,7 +13,14 @@ from typing import TYPE_CHECKING
 
 from fusewise.errors import InputError
 from fusewise.node import Fingerprint, gpu_count, probe
-from fusewise.ranks.place import PLACES, Place, default_place, default_ranks, place_for
+from fusewise.ranks.place import (
+    PLACES,
+    Place,
+    check_interface,
+    default_place,
+    default_ranks,
+    place_for,
+)
 
 if TYPE_CHECKING:
     from fusewise.ranks.group import Group
@@ -102,6 +109,7 @@ def torchrun_team(world_size: int | None, timeout_s: float) -> Team:
             hint="Pass --tp with a divisor, or change --nproc-per-node.",
         )
     place = place_for(here or 1) if gpu_count() else PLACES["cpu"]
+    check_interface()
     dist.init_process_group("gloo", timeout=timedelta(seconds=timeout_s))
     world = Group(device="cpu", timeout_s=timeout_s)
     teams = [dist.new_group(list(range(t, t + size))) for t in range(0, total, size)]

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
-from fusewise.errors import FusewiseError, UnavailableError
+from fusewise.errors import FusewiseError
+from fusewise.ranks.place import check_interface
 
 STALL_S = 60.0  # silence of a rank that a supervisor tolerates, unless a phase allows more
 START_S = 180.0  # a CUDA context, and what a job imports from a cold disk
@@ -82,21 +83,13 @@ def _join(worker: Worker, order: dict[str, Any]) -> None:
     else:
         torch.cuda.set_device(device)
     process_group = order["process_group"]
-    try:
-        dist.init_process_group(
-            process_group,
-            store=PrefixStore("fusewise-worker", store),
-            rank=worker.rank,
-            world_size=worker.world_size,
-            timeout=timeout,
-            device_id=device if process_group == "nccl" else None,
-        )
-    except RuntimeError as error:
-        interface = os.environ.get("GLOO_SOCKET_IFNAME")
-        if interface is None or process_group != "gloo":
-            raise
-        raise UnavailableError(
-            "gloo cannot connect the ranks",
-            got=str(error).splitlines()[0],
-            hint=f"GLOO_SOCKET_IFNAME is {interface!r}: name an interface of this machine.",
-        ) from error
+    if process_group == "gloo":
+        check_interface()
+    dist.init_process_group(
+        process_group,
+        store=PrefixStore("fusewise-worker", store),
+        rank=worker.rank,
+        world_size=worker.world_size,
+        timeout=timeout,
+        device_id=device if process_group == "nccl" else None,
+    )
