@@ -20,7 +20,6 @@ pytestmark = [
 
 WORLD = 2
 REPLAYS = 10_000
-DRIVERS_OWN = 32 * 2**20  # may stay when a workspace of near 140 MiB is closed: its bookkeeping
 HIDDEN_SIZES = (8, 264, 2048, 2880, 3584, 4096, 5120, 7168, 8192)
 TOKENS = (*range(1, 18), 31, 127, 509)
 
@@ -226,17 +225,14 @@ def test_a_rank_that_cannot_allocate_fails_all_and_they_recover() -> None:
 
 
 def _memory(rank: int) -> int:
-    """Bytes that ten builds and closes leave behind on the device, the least of up to eight times:
-    what others take meanwhile, such as tests beside this one, looks the same."""
+    """Bytes that ten builds and closes leave behind on the device, the least of three times: what
+    others take meanwhile, such as tests beside this one, looks the same."""
     kept = []
-    for _ in range(8):
+    for _ in range(3):
         before = _free_bytes(_backend())
         for _ in range(9):
             _backend().close()
-        last = _backend()
-        kept.append(before - _free_bytes(last))
-        if max(last.group.gather("kept", kept[-1])) < DRIVERS_OWN:
-            break
+        kept.append(before - _free_bytes(_backend()))
     return min(kept)
 
 
@@ -249,7 +245,8 @@ def _free_bytes(backend: Any) -> int:
 
 
 def test_closing_gives_the_memory_back() -> None:
-    assert max(run_ranks(_memory, WORLD, device="cuda", timeout_s=200.0)) < DRIVERS_OWN
+    # One workspace is near 140 MiB; what stays may be the driver's own bookkeeping.
+    assert max(run_ranks(_memory, WORLD, device="cuda", timeout_s=200.0)) < 32 * 2**20
 
 
 def _fp8(rank: int) -> str:

@@ -91,8 +91,9 @@ def tune(
             _settings(team, hidden, one, min_size, max_size, budget, rounds, without)
             for one in kinds
         ]
+        node = team.node()
         for one in kinds:
-            history.check_target(folder / profile_file_name(team.node(), one))
+            history.check_target(folder / profile_file_name(node, one))
         made: list[Profile] = []
         missed: list[str] = []
         with alone():
