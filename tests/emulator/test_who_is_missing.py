@@ -26,7 +26,7 @@ WIDTHS = {4: 1024, 8: 9216}
 LAUNCHES = {w: LaunchShape.two_shot(Shape(1, h), w, 90, "kNorm") for w, h in WIDTHS.items()}
 ONE_WARP = LaunchShape.one_shot(Shape(1, 256), 4, 90, "kNorm").instance
 INSTANCES = [*(launch.instance for launch in LAUNCHES.values()), ONE_WARP]
-TIMEOUT = {4: 1_000_000, 8: 4_000_000}  # steps: ranks begin apart, and a quarter of it must tell
+TIMEOUT = {4: 1_000_000, 8: 2_000_000}  # steps: ranks begin apart, and a quarter of it must tell
 SECOND, FIRST = "is_over(group, true)", "is_over(group)"
 # What must wait longer: file, and at how many ranks it shows when it does not.
 MUTANTS = {"columns": ("two_shot_pieces.cuh", 4), "sums": ("two_shot.cuh", 8)}
