@@ -60,8 +60,11 @@ def test_a_store_outlives_ranks_and_ends_when_it_is_killed(nursery: Nursery) -> 
 
 def test_a_late_answer_is_not_taken_for_the_next_ones(nursery: Nursery) -> None:
     pid = start(nursery, BROKEN)
+    os.kill(nursery._process.pid, signal.SIGSTOP)  # no answer comes before it goes on
+    os.waitpid(nursery._process.pid, os.WUNTRACED)
     with pytest.raises(RankError, match=r"within 0\.001 s, got none"):
         nursery._ask({"wait": pid, "timeout_s": 20}, 0.001)
+    os.kill(nursery._process.pid, signal.SIGCONT)
     assert nursery.wait(pid, 20) is None, "that answer was the only one"
     assert nursery.wait(start(nursery, BROKEN), 20) == 1
 
