@@ -4,8 +4,8 @@
 
 ``patches.json`` is as virtual_node.py takes it: ``{name: {"kernel": "one_shot", "edits": [[file,
 old text, new text], ...], "variant": {"vectors": 1, "blocks": 4}}}``; with neither, it is the
-shipped kernel. Each is verified at each shape, then all take turns. Prints geometric means over
-FlashInfer's time.
+shipped kernel. ``--floors`` adds virtual_node.py's. Each kernel is verified at each shape, then all
+take turns. Prints geometric means over FlashInfer's time and, at 8 KiB, times over the floors'.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from native_summary import FLASHINFER, KIB, MIB, geometric_mean
-from virtual_arms import Patch, launch_shape
+from virtual_arms import Patch, floor, launch_shape
+from virtual_floors import FLOORS
 
 from fusewise.backends.native.cuda import prepare
 from fusewise.backends.native.cuda.launch import Kernels
@@ -64,6 +65,9 @@ def measure(group: Group, backends: list[Any], buffers: Buffers, rounds: int) ->
     """Median µs of every path that is right at this shape."""
     runners = []
     for backend in backends:
+        if backend.id in FLOORS:  # they compute nothing
+            runners.append(Runner(backend, "all_reduce_rms_norm", buffers))
+            continue
         try:
             found = check(backend, group, usual("all_reduce_rms_norm", buffers.shape, 1))
         except InputError as error:  # the same on all ranks: too wide a row for it
@@ -88,6 +92,20 @@ def means(rows: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
+def over_floors(rows: list[dict[str, Any]]) -> list[str]:
+    """What each path takes at 8 KiB, over the floors with either trigger."""
+    names, lines = [name for name in FLOORS if name != "empty"], []
+    for row in rows:
+        times_us = row["times_us"]
+        if row["message_bytes"] != 8 * KIB or not times_us.keys() >= set(names):
+            continue
+        lines.append(f"{row['num_tokens']} x {row['hidden_size']}, µs, over {', '.join(names)}")
+        for path, time_us in times_us.items():
+            ratios = "".join(f"{time_us / times_us[name]:6.2f}" for name in names)
+            lines.append(f"  {path:<24} {time_us:6.2f}{ratios}")
+    return lines
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("patches", type=Path)
@@ -95,6 +113,7 @@ def main() -> None:
     parser.add_argument("--hidden-sizes", type=int, nargs="+", default=[2048, 4096, 7168])
     parser.add_argument("--kib", type=int, nargs="+", default=[2**i for i in range(2, 14)])
     parser.add_argument("--rounds", type=int, default=21)
+    parser.add_argument("--floors", action="store_true", help="the floors as well")
     arguments = parser.parse_args()
     rank = int(os.environ["LOCAL_RANK"])
     torch.cuda.set_device(rank)
@@ -108,6 +127,8 @@ def main() -> None:
         name: Patch(edits=tuple(map(tuple, one.pop("edits", ()))), **one)
         for name, one in json.loads(arguments.patches.read_text()).items()
     }
+    if arguments.floors:
+        patches |= {name: floor(name) for name in FLOORS}
     flashinfer, reason = build_backend(FLASHINFER, group, node, most)
     if flashinfer is None:
         sys.exit(f"native_variants: {reason}")
@@ -123,7 +144,7 @@ def main() -> None:
         command = " ".join(["torchrun", *sys.argv])
         record = {"command": command, "node": node.model_dump(mode="json"), "rows": rows}
         arguments.out.write_text(json.dumps(record, indent=1) + "\n")
-        print("\n".join(means(rows)))
+        print("\n".join([*means(rows), *over_floors(rows)]))
     for backend in backends:
         backend.close()
     dist.destroy_process_group()
