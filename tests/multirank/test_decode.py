@@ -68,6 +68,7 @@ def test_rows_are_consistent(run: tuple[str, dict[str, Any], bytes]) -> None:
         assert row["ratio_low"] <= row["ratio"] <= row["ratio_high"]
         assert row["tokens_per_run"] == (2 * BATCH if row["phase"] == "decode" else row["tokens"])
         assert row["logits_difference"] <= 1e-4  # fp32
+        assert 0 < row["rounding_difference"] <= 1e-4
         if row["arm"] == "unfused":
             assert row["ratio"] == row["ratio_low"] == row["ratio_high"] == 1.0
     stars: dict[tuple[str, int], set[tuple[str, str]]] = {}

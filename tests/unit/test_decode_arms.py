@@ -96,6 +96,7 @@ ROWS = [
     {
         "phase": "decode", "tokens": 8, "message_bytes": 2048, "arm": arm, "path": f"of {arm}",
         "graph": "leave", "tokens_per_run": 800, "times_s": times_s, "logits_difference": 0.0,
+        "rounding_difference": 0.0,
     }
     for arm, times_s in (("unfused", [2.0, 4.0, 3.0]), ("measured", [1.0, 2.0, 1.0]))
 ]  # fmt: skip

@@ -34,6 +34,7 @@ def _rows(batch: int, arms: list[str]) -> list[dict[str, Any]]:
             "phase": "decode", "tokens": batch, "message_bytes": 256 * batch, "arm": arm,
             "path": "gloo + rms_norm", "graph": "leave", "tokens_per_run": 8 * batch,
             "times_s": [0.5] * 6, "logits_difference": 0.0,
+            "rounding_difference": 0.0,
         }
         for arm in arms
     ]  # fmt: skip

@@ -7,12 +7,14 @@ GPUs each arm captures its own CUDA graph, in which its paths are fixed.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from fusewise.decode.check import SEQUENCES
 from fusewise.decode.config import DecodeSettings
 from fusewise.decode.models import cache_name
 from fusewise.graph.api import compile as compile_model
@@ -96,8 +98,8 @@ class Batch:
         settings, device = compiled.settings, compiled.model.device
         length = settings.context + settings.steps + 2 * _WARM_STEPS
         generator = torch.Generator().manual_seed(size)
-        vocabulary = compiled.model.config.vocab_size
-        self.start = torch.randint(vocabulary, (size, 1), generator=generator).to(device)
+        self._vocabulary = compiled.model.config.vocab_size
+        self.start = torch.randint(self._vocabulary, (size, 1), generator=generator).to(device)
         self.ids = self.start.clone()
         self.cache: Any = StaticCache(config=compiled.model.config, max_cache_len=length)
         # Outside of any compiled region: the first update allocates the cache.
@@ -105,9 +107,9 @@ class Batch:
         self._context, self._several = settings.context, len(settings.batches) > 1
         self.reset()
 
-    def reset(self) -> None:
-        """Back to the first token behind a context of keys and values that mean nothing."""
-        self.ids.copy_(self.start)
+    def reset(self, turn: int = 0) -> None:
+        """Back to the first token, another each turn, behind keys and values that mean nothing."""
+        self.ids.copy_((self.start + turn) % self._vocabulary)
         for layer in self.cache.layers:
             layer.cumulative_length.fill_(self._context)
 
@@ -145,11 +147,14 @@ class DecodeRunner:
         self.batch.ids.copy_(self.logits.argmax(-1, keepdim=True))
 
     def first_logits(self) -> Tensor:
-        """[batch, vocabulary] after one step from the start."""
+        """[sequences, vocabulary] after one step from ``SEQUENCES`` first tokens or more."""
         self.communicator.activate()
-        self.batch.reset()
-        self._advance()
-        return self.logits.float().cpu()
+        found = []
+        for turn in range(math.ceil(SEQUENCES / len(self.batch.start))):
+            self.batch.reset(turn)
+            self._advance()
+            found.append(self.logits.float().cpu())
+        return torch.cat(found)
 
     def time_s(self) -> float:
         """Seconds of all steps on this rank."""
@@ -165,9 +170,10 @@ class PrefillRunner:
         self, compiled: Compiled, tokens: int, choice: Choice, communicator: Communicator
     ) -> None:
         generator = torch.Generator().manual_seed(tokens)
-        vocabulary = compiled.model.config.vocab_size
-        self._ids = torch.randint(vocabulary, (1, tokens), generator=generator)
-        self._ids = self._ids.to(compiled.model.device)
+        self._vocabulary = compiled.model.config.vocab_size
+        ids = torch.randint(self._vocabulary, (1, tokens), generator=generator)
+        self._start = ids.to(compiled.model.device)
+        self._ids = self._start.clone()
         self._function = compiled.function("prefill", choice)
         self.communicator = communicator
         self.logits: Tensor = torch.empty(0)
@@ -180,10 +186,15 @@ class PrefillRunner:
         self.logits = self._function(self._ids)
 
     def first_logits(self) -> Tensor:
-        """[1, vocabulary] of the last token."""
+        """[SEQUENCES, vocabulary] of the last token of as many sequences."""
         self.communicator.activate()
-        self._advance()
-        return self.logits.float().cpu()
+        found = []
+        for turn in range(SEQUENCES):
+            self._ids.copy_((self._start + turn) % self._vocabulary)
+            self._advance()
+            found.append(self.logits.float().cpu())
+        self._ids.copy_(self._start)
+        return torch.cat(found)
 
     def time_s(self) -> float:
         """Seconds of one prefill on this rank."""

@@ -1,0 +1,65 @@
+"""Whether arms compute the same: their logits, against what rounding alone does to them.
+
+Sums in another order move logits by percents where many layers add up, and by half their size where
+a router's experts flip. The model itself says how far: the unfused arm runs again with the last bit
+of every embedding flipped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from fusewise.errors import VerificationError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+SEQUENCES = 8  # at least, for the median: of a single one, experts flip or do not
+# What is off by more than this many times rounding's own effect, or a tenth where that is next to
+# nothing, is wrong. Logits of two models that have nothing to do with each other differ by more
+# than their size; so that is wrong whatever rounding does.
+_TIMES_ROUNDING, _LEAST, _MOST = 3.0, 0.1, 0.9
+_INTEGERS = {2: torch.int16, 4: torch.int32}  # by bytes of an element
+
+
+@contextmanager
+def nudged(model: Any) -> Iterator[None]:
+    """The last bit of every embedding flipped meanwhile, on all ranks alike."""
+    weight: Tensor = model.get_input_embeddings().weight
+    bits = weight.view(_INTEGERS[weight.element_size()])
+    bits.bitwise_xor_(1)
+    try:
+        yield
+    finally:
+        bits.bitwise_xor_(1)
+
+
+def difference(logits: Tensor, reference: Tensor) -> float:
+    """How far logits [sequences, vocabulary] are off, of their size: the median sequence."""
+    relative = (logits - reference).abs().amax(-1) / reference.abs().amax(-1)
+    return float(f"{relative.median():.4g}")
+
+
+def confirm(differences: Mapping[str, float], rounding: float) -> None:
+    """Every arm is as close to the unfused one as rounding leaves it.
+
+    Args:
+        differences: of each arm, as ``difference`` gives them.
+        rounding: of the unfused arm with nudged embeddings.
+
+    Raises:
+        VerificationError: an arm's logits are wrong, not rounded.
+    """
+    most = min(max(_TIMES_ROUNDING * rounding, _LEAST), _MOST)
+    wrong = [name for name, value in differences.items() if not value <= most]
+    if wrong:
+        raise VerificationError(
+            f"the logits of {', '.join(wrong)} are wrong",
+            expected=f"those of the unfused model within {most:.0%}; its own rounding moves them "
+            f"by {rounding:.1%}",
+            got=", ".join(f"{differences[name]:.0%}" for name in wrong),
+        )
