@@ -136,7 +136,7 @@ def stubbed() -> Any:
         (torch._C, "_cuda_getDevice", lambda: None),
         (torch._C, "_cuda_getCurrentRawStream", lambda index: 0),
         (torch._C, "_cuda_isCurrentStreamCapturing", lambda: False),
-        (workspace, "_symmetric_bytes", lambda n, device: torch.empty(n, dtype=torch.uint8)),
+        (workspace, "symmetric_bytes", lambda n, device: torch.empty(n, dtype=torch.uint8)),
         (workspace, "_rendezvous", lambda buffer, group: rendezvous),
         (workspace, "_mapped_words", lambda n: torch.zeros(n, dtype=torch.int32)),
         (launch.Kernels, "load", lambda self, instance: types.SimpleNamespace(handle=1)),

@@ -23,8 +23,9 @@ from native_summary import summary
 import fusewise
 from fusewise.backends.native.fp8 import Fp8
 from fusewise.backends.native.strategies import OneShot
+from fusewise.backends.native.workspace import symmetric_bytes
 from fusewise.backends.registry import ids_for
-from fusewise.backends.steps import build_backend
+from fusewise.backends.steps import build_backend, rendezvous
 from fusewise.backends.torch_dist import Nccl
 from fusewise.node import Fingerprint
 from fusewise.operation import Op
@@ -146,12 +147,10 @@ def store_bandwidth(group: Group) -> float:
     """GB/s per direction of plain 16-byte stores to the next rank, all ranks at once."""
     from cuda.core import Device, LaunchConfig, Program, ProgramOptions, launch
 
-    from fusewise.backends.native.workspace import _rendezvous, _symmetric_bytes
-
     device = Device(group.device.index)
     device.set_current()
-    buffer = _symmetric_bytes(BANDWIDTH_BYTES, group.device)
-    target = _rendezvous(buffer, group).buffer_ptrs[(group.rank + 1) % group.world_size]
+    buffer = symmetric_bytes(BANDWIDTH_BYTES, group.device)
+    target = rendezvous(buffer, group).buffer_ptrs[(group.rank + 1) % group.world_size]
     program = Program(STORES, "c++", ProgramOptions(arch=f"sm_{device.arch}"))
     kernel = program.compile("cubin").get_kernel("store")
     config = LaunchConfig(grid=8 * 132, block=256)

@@ -220,7 +220,7 @@ def _one_fails(rank: int, step: str) -> str:
 
 
 def test_a_rank_that_cannot_allocate_fails_all_and_they_recover() -> None:
-    for said in run_ranks(_one_fails, WORLD, "_symmetric_bytes", device="cuda", timeout_s=100.0):
+    for said in run_ranks(_one_fails, WORLD, "symmetric_bytes", device="cuda", timeout_s=100.0):
         assert "rank 1: PermissionError: refused on purpose" in said
 
 

@@ -43,7 +43,7 @@ def test_one_failing_rank_fails_all(
     handle = types.SimpleNamespace(buffer_ptrs=[4096, 8192])
     monkeypatch.setattr(torch.cuda, "get_device_properties", fails_at("device", lambda d: facts))
     monkeypatch.setattr(
-        workspace, "_symmetric_bytes",
+        workspace, "symmetric_bytes",
         fails_at("allocate", lambda size, device: torch.empty(64, dtype=torch.uint8)),
     )  # fmt: skip
     monkeypatch.setattr(workspace, "rendezvous", fails_at("rendezvous", lambda b, g: handle))

@@ -145,6 +145,14 @@ def test_reading_commands_never_import_torch_or_numpy(command: str) -> None:
     assert run.stdout
 
 
+def test_what_benchmarks_import_is_there() -> None:
+    """Also what only a GPU would have them import."""
+    for file in (REPOSITORY / "benchmarks").glob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text("utf-8"))):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("fusewise"):
+                exec(ast.unparse(node), {"__file__": file.name})
+
+
 def test_the_pages_name_files_that_exist() -> None:
     pages = [*REPOSITORY.glob("*.md"), *(REPOSITORY / "docs").glob("*.md"),
              *(REPOSITORY / "benchmarks").rglob("*.md")]  # fmt: skip

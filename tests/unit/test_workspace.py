@@ -81,7 +81,7 @@ class Host:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, world_size: int = 2) -> None:
         self.allocated: list[int] = []
         self.addresses = [4096 * (rank + 1) for rank in range(world_size)]
-        monkeypatch.setattr(workspace, "_symmetric_bytes", self.allocate)
+        monkeypatch.setattr(workspace, "symmetric_bytes", self.allocate)
         monkeypatch.setattr(workspace, "rendezvous", self.rendezvous)
         monkeypatch.setattr(workspace, "_mapped_words", lambda n: torch.zeros(n, dtype=torch.int32))
 
@@ -113,7 +113,7 @@ def test_it_is_empty_and_mapped_after_a_vote(monkeypatch: pytest.MonkeyPatch) ->
     ("step", "phase"),
     [
         ("_mapped_words", "status"),
-        ("_symmetric_bytes", "allocate"),
+        ("symmetric_bytes", "allocate"),
         ("rendezvous", "rendezvous"),
     ],
 )
@@ -176,7 +176,7 @@ def test_a_failed_growth_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> Non
     def full(size_bytes: int, device: torch.device) -> torch.Tensor:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(workspace, "_symmetric_bytes", full)
+    monkeypatch.setattr(workspace, "symmetric_bytes", full)
     with pytest.raises(WorkspaceError, match="out of memory"):
         made.reserve(SlotLayout.one_shot(Shape(5, 2048), 2))
     assert made.region is first and first.slots == host.addresses

@@ -124,7 +124,7 @@ class Region:
         _together(group, f"{label}: map", lambda: self._check(group))
 
     def _allocate(self, group: Group) -> tuple[Tensor, Tensor]:
-        buffer = _symmetric_bytes(self.layout.size_bytes, group.device)
+        buffer = symmetric_bytes(self.layout.size_bytes, group.device)
         buffer.fill_(EMPTY_BYTE)
         epochs = torch.zeros(self.layout.units, dtype=torch.int32, device=group.device)
         if group.device.type == "cuda":
@@ -205,7 +205,7 @@ class Workspace:
         self._older.clear()
 
 
-def _symmetric_bytes(size_bytes: int, device: torch.device) -> Tensor:
+def symmetric_bytes(size_bytes: int, device: torch.device) -> Tensor:
     """Symmetric memory that is given back when the tensor dies.
 
     ``_symmetric_memory.empty`` would take it from a pool that keeps it for later (torch 2.12+).
