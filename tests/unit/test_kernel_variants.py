@@ -153,8 +153,13 @@ def test_every_vector_of_a_row_has_a_thread(hidden_size: int, world_size: int) -
     assert reached * 8 >= hidden_size
     assert launch.threads % 32 == 0
     assert instance.max_threads <= block_limit(world_size, instance.vectors)
-    registers = compiled._REGISTERS[world_size, instance.vectors]
-    assert instance.max_threads * instance.min_blocks * registers <= 65536
+    size = world_size, instance.vectors
+    looped = compiled._REGISTERS[size]
+    for each, registers in (
+        (instance, compiled._ONE_PASS_REGISTERS.get(size, looped)),
+        (launch.looped().instance, looped),
+    ):
+        assert each.max_threads * each.min_blocks * registers <= 65536
 
 
 def test_dependent_launch_needs_sm_90() -> None:

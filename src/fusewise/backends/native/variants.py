@@ -181,8 +181,8 @@ class LaunchShape:
         instance = Instance(
             "one_shot", shape.dtype, world_size, vectors, blocks, output, variant.early_trigger
         )
-        exact = replace(bound(instance, threads), row_vectors=row_vectors, one_pass=True)
-        return cls(exact, threads, shape.num_tokens, dependent_launch=sm >= 90)
+        exact = replace(instance, row_vectors=row_vectors, one_pass=True)
+        return cls(bound(exact, threads), threads, shape.num_tokens, dependent_launch=sm >= 90)
 
     @classmethod
     def two_shot(
@@ -220,7 +220,9 @@ class LaunchShape:
 
     def looped(self) -> LaunchShape:
         """The same with workers that take one row or tile after the other, where fewer fit."""
-        return replace(self, instance=replace(self.instance, one_pass=False))
+        looped = replace(self.instance, one_pass=False)
+        one_shot = looped.kernel == "one_shot"
+        return replace(self, instance=bound(looped, self.threads) if one_shot else looped)
 
     def grid(self, resident_workers: int) -> int:
         """Blocks to launch, given how many workers fit on the device at once.

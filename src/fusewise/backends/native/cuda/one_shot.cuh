@@ -69,7 +69,7 @@ FW_DEVICE void store_row(const OneShotParams& p, const RowPart<Config>& part, bo
   FW_UNROLL
   for (int i = 0; i < Config::kVectors; ++i) {
     if (!part.used[i]) continue;
-    if (!dead) peers[i].empty();
+    if (!dead) peers[i].empty(p.group);
     store_words(sums + part.place[i], pack<typename Config::Type>(total[i]));
   }
 }

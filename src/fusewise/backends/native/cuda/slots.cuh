@@ -210,10 +210,12 @@ struct Arrival {
     give_up(group, row, phase, kWorld > 2 ? missing : 1 - group.rank);
   }
 
-  // The free slot too: leaving it out would take a branch for each.
-  FW_DEVICE void empty() const {
+  // All but the free slot.
+  FW_DEVICE void empty(const GroupParams& group) const {
     FW_UNROLL
-    for (int i = 0; i < kSources<kWorld>; ++i) push_words(slot + i * kUnitBytes, empty_slot());
+    for (int i = 0; i < kSources<kWorld>; ++i) {
+      if (i != own_place(group)) push_words(slot + i * kUnitBytes, empty_slot());
+    }
   }
 
   template <class Type>
