@@ -34,7 +34,7 @@ _EXCHANGE = """
     peers.slot = group.slots + offset;
     if (used) peers.ask(group, own);
     peers.await(group, 0, epoch & 1u, used);
-    if (used) peers.empty();
+    if (used) peers.empty(group);
     if (used) store_words(out, peers.of[0]);
   }} while ({more});
   {late}
