@@ -14,6 +14,8 @@ import importlib.util
 import os
 import platform
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -104,59 +106,79 @@ def probe(
 
 def gpu_facts() -> dict[str, Any] | None:
     """Name, sm, fabric, multicast and driver of the first visible GPU; None without one."""
+    with _visible_gpus() as (nvml, gpus):
+        if not gpus:
+            return None
+        major, minor = nvml.nvmlDeviceGetCudaComputeCapability(gpus[0])
+        links = _active_links(nvml, gpus[0])
+        return {
+            "device": _text(nvml.nvmlDeviceGetName(gpus[0])),
+            "sm": 10 * major + minor,
+            "fabric": f"nv{links}" if links else "pcie",
+            "multicast": multicast_supported(),
+            "driver": _text(nvml.nvmlSystemGetDriverVersion()),
+        }
+
+
+def gpu_count() -> int:
+    """GPUs that NVML shows, narrowed by CUDA_VISIBLE_DEVICES."""
+    with _visible_gpus() as (_, gpus):
+        return len(gpus)
+
+
+def gpu_free_bytes() -> int | None:
+    """Free memory of the first visible GPU; None where NVML does not tell."""
+    with _visible_gpus() as (nvml, gpus):
+        try:
+            return int(nvml.nvmlDeviceGetMemoryInfo(gpus[0]).free) if gpus else None
+        except nvml.NVMLError:
+            return None
+
+
+@contextmanager
+def _visible_gpus() -> Iterator[tuple[Any, list[Any]]]:
+    """NVML, and its handles of the GPUs that CUDA_VISIBLE_DEVICES leaves, in its order."""
     try:
         import pynvml
 
         pynvml.nvmlInit()
     except Exception:  # no driver, no library, no permission: the same answer, no GPU here
-        return None
+        yield None, []
+        return
     try:
-        if pynvml.nvmlDeviceGetCount() == 0:
-            return None
-        handle = pynvml.nvmlDeviceGetHandleByIndex(0)
-        major, minor = pynvml.nvmlDeviceGetCudaComputeCapability(handle)
-        links = _active_links(pynvml, handle)
-        return {
-            "device": _text(pynvml.nvmlDeviceGetName(handle)),
-            "sm": 10 * major + minor,
-            "fabric": f"nv{links}" if links else "pcie",
-            "multicast": multicast_supported(),
-            "driver": _text(pynvml.nvmlSystemGetDriverVersion()),
-        }
+        everyone = ",".join(map(str, range(pynvml.nvmlDeviceGetCount())))
+        yield pynvml, _named(pynvml, os.environ.get("CUDA_VISIBLE_DEVICES", everyone))
     finally:
         pynvml.nvmlShutdown()
 
 
-def gpu_count() -> int:
-    """GPUs that NVML shows, narrowed by CUDA_VISIBLE_DEVICES."""
-    try:
-        import pynvml
+def _named(nvml: Any, visible: str) -> list[Any]:
+    """Those that the list's items name: an index, or the UUID of a GPU or a MIG, or its beginning.
 
-        pynvml.nvmlInit()
-    except Exception:  # as in gpu_facts
-        return 0
-    try:
-        present = int(pynvml.nvmlDeviceGetCount())
-    finally:
-        pynvml.nvmlShutdown()
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is None:
-        return present
-    return min(present, len([item for item in visible.split(",") if item.strip()]))
-
-
-def gpu_free_bytes() -> int | None:
-    """Free memory of the first GPU; None where NVML does not tell."""
-    try:
-        import pynvml
-
-        pynvml.nvmlInit()
+    As for CUDA the list ends at the first item that names none. NVML counts by PCI bus, as CUDA
+    does where all GPUs are equally fast.
+    """
+    found: list[Any] = []
+    for item in (word.strip() for word in visible.split(",")):
         try:
-            return int(pynvml.nvmlDeviceGetMemoryInfo(pynvml.nvmlDeviceGetHandleByIndex(0)).free)
-        finally:
-            pynvml.nvmlShutdown()
-    except Exception:  # as in gpu_facts
-        return None
+            if item.isdecimal():
+                found.append(nvml.nvmlDeviceGetHandleByIndex(int(item)))
+            else:
+                found.append(nvml.nvmlDeviceGetHandleByUUID(_whole_uuid(nvml, item)))
+        except nvml.NVMLError:
+            break
+    return found
+
+
+def _whole_uuid(nvml: Any, beginning: str) -> str:
+    """The only GPU's UUID that begins so; what was given where there is none, as for a MIG."""
+    if not beginning.startswith("GPU-"):
+        return beginning
+    gpus = map(nvml.nvmlDeviceGetHandleByIndex, range(nvml.nvmlDeviceGetCount()))
+    found = [
+        uuid for gpu in gpus if (uuid := _text(nvml.nvmlDeviceGetUUID(gpu))).startswith(beginning)
+    ]
+    return found[0] if len(found) == 1 else beginning
 
 
 def multicast_supported() -> bool:

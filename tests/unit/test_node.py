@@ -30,7 +30,23 @@ class FakeNvml(types.ModuleType):
         return self.count
 
     def nvmlDeviceGetHandleByIndex(self, index: int) -> int:  # noqa: N802
+        if index not in range(self.count):
+            raise self.NVMLError("no such index")
         return index
+
+    def nvmlDeviceGetUUID(self, handle: int) -> str:  # noqa: N802
+        return f"GPU-{handle}{handle}aa-0000"
+
+    def nvmlDeviceGetHandleByUUID(self, uuid: str) -> int:  # noqa: N802
+        handles = {self.nvmlDeviceGetUUID(one): one for one in range(self.count)} | {"MIG-0000": 7}
+        if uuid not in handles:
+            raise self.NVMLError("not found")
+        return handles[uuid]
+
+    def nvmlDeviceGetMemoryInfo(self, handle: int) -> types.SimpleNamespace:  # noqa: N802
+        if handle not in range(self.count):
+            raise self.NVMLError("a partition does not tell")
+        return types.SimpleNamespace(free=100 + handle)
 
     def nvmlDeviceGetCudaComputeCapability(self, handle: int) -> tuple[int, int]:  # noqa: N802
         return 9, 0
@@ -90,14 +106,35 @@ def test_no_nvml_or_no_gpu_means_cpu(nvml: FakeNvml, monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize(
-    ("visible", "count"), [(None, 2), ("0", 1), ("0,1", 2), ("0,1,2", 2), ("", 0)]
+    ("visible", "count", "free"),
+    [
+        (None, 2, 100),
+        ("0", 1, 100),
+        ("1", 1, 101),
+        (" 1 , 0", 2, 101),
+        ("0,1,2", 2, 100),
+        ("1,2,0", 1, 101),
+        ("GPU-11aa-0000,GPU-00", 2, 101),
+        ("GPU-", 0, None),
+        ("GPU-1,,GPU-0", 1, 101),
+        ("MIG-0000", 1, None),
+        ("MIG-0001", 0, None),
+        ("-1,0", 0, None),
+        ("", 0, None),
+    ],
 )
-def test_visible_devices_narrow_the_count(
-    visible: str | None, count: int, nvml: FakeNvml, monkeypatch: pytest.MonkeyPatch
+def test_visible_devices_are_counted_and_the_first_of_them_is_asked(
+    visible: str | None,
+    count: int,
+    free: int | None,
+    nvml: FakeNvml,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    assert node.gpu_count() == count
+    assert (node.gpu_count(), node.gpu_free_bytes()) == (count, free)
+    assert (node.gpu_facts() is None) == (count == 0)
+    assert nvml.open == 0, "what was opened is closed"
 
 
 class FakeDriver:
