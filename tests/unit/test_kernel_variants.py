@@ -113,6 +113,25 @@ def test_blocks_may_have_less_where_they_share_evenly(
 
 
 @pytest.mark.parametrize(
+    ("num_tokens", "hidden_size", "vectors", "blocks", "threads"),
+    [
+        (150, 7168, 1, 4, 224),
+        (151, 7168, 1, 2, 448),
+        (300, 8192, 1, 2, 512),  # 512 vectors of each block's: the most with one
+        (300, 8200, 2, 2, 288),
+        (150, 16384, 1, 4, 512),
+        (150, 16392, 2, 4, 288),
+    ],
+)
+def test_a_thread_has_two_vectors_where_its_block_has_many(
+    num_tokens: int, hidden_size: int, vectors: int, blocks: int, threads: int
+) -> None:
+    launch = one_shot(num_tokens, hidden_size)
+    assert (launch.instance.vectors, launch.instance.blocks) == (vectors, blocks)
+    assert launch.threads == threads
+
+
+@pytest.mark.parametrize(
     ("hidden_size", "sm", "vectors", "blocks", "threads"),
     [
         (8192, 90, 2, 1, 512),

@@ -34,9 +34,10 @@ _TWO_SHOT_THREADS = 512  # 128 registers each: eight ranks' vectors fit without 
 _BUSY_BLOCKS = 264
 MAX_TILE_ROWS = 16  # kMaxTileRows in two_shot_tile.cuh
 MAX_TILE_UNITS = 256  # kMaxTileUnits there
-# Of two ranks: a row's vectors from which a thread has two, unless four blocks share it. On two
-# H100s (benchmarks/results/two_gpus) one was faster for 512 vectors, two for many rows of 896. Of
-# four and eight ranks, which were only virtual, one was never slower.
+# Of two ranks: a block's vectors from which a thread has two. On two GPUs
+# (benchmarks/results/two_gpus) one was faster for 512 vectors and, by 7 %, for 448 where two blocks
+# share a row; two for many rows of 896. Of four and eight ranks, which were only virtual, one was
+# never slower.
 _TWO_VECTORS_FROM = 513
 
 
@@ -250,10 +251,11 @@ def _split_row(row_vectors: int, shape: Shape, world_size: int, sm: int) -> tupl
     """Vectors per thread and blocks per row: those that few rows are spread over, else the fewest.
     A cluster is preferred to four vectors per thread, which wait for the peers one by one."""
     clusters = (2, MAX_BLOCKS) if sm >= 90 else ()
-    two = world_size == 2 and row_vectors >= _TWO_VECTORS_FROM
     spread = _spread("one_shot", shape, world_size, units_per_row(row_vectors))
-    few = [(2 if two and spread < MAX_BLOCKS else 1, spread)] if spread in clusters else []
-    many = [(v, b) for v in ((2, 4) if two else (1, 2, 4)) for b in (1, *clusters)]
+    two_from = _TWO_VECTORS_FROM if world_size == 2 else math.inf
+    share = -(-row_vectors // spread)
+    few = [(2 if share >= two_from else 1, spread)] if spread in clusters else []
+    many = [(v, b) for v in (1, 2, 4) for b in (1, *clusters) if v > 1 or row_vectors < two_from]
     for vectors, blocks in (*few, *many):
         if row_vectors <= vectors * blocks * block_limit(world_size, vectors):
             return vectors, blocks
