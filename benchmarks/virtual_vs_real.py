@@ -23,12 +23,12 @@ from native_summary import KIB, MIB, geometric_mean
 from fusewise.profiles.intervals import median
 from fusewise.shape import Shape, format_size
 
-# The model of docs/kernels.md. At two ranks alpha and beta come from two H100s, so there the model
+# The model of docs/kernels.md. At two ranks alpha and beta come from two H200s, so there the model
 # is a fit (benchmarks/results/two_gpus); the rest is predicted: alpha by what one-shot took longer
 # on four and eight virtual ranks, delta by what two-shot did (benchmarks/results/one_gpu).
-ALPHA_US = {2: 2.4, 4: 2.8, 8: 3.3}
+ALPHA_US = {2: 2.2, 4: 2.6, 8: 3.2}
 DELTA_US = {4: 0.7, 8: 0.7}
-BETA_GBPS = 354.0
+BETA_GBPS = 358.0
 # FlashInfer's one-shot, a line through what vLLM issue 44079 reports of it for eight H200s (the
 # profile nvidia-h200-tp8), every rank sending the message to every peer. Extrapolated elsewhere.
 FLASHINFER_ALPHA_US, FLASHINFER_BETA_GBPS = 5.9, 306.0

@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 import fusewise.backends.native.cuda
 from fusewise.backends.native import instance as compiled
 from fusewise.backends.native import variants
-from fusewise.backends.native.instance import block_limit, bound
+from fusewise.backends.native.instance import block_limit
 from fusewise.backends.native.variants import LaunchShape, widest_row
 from fusewise.errors import InputError
 from fusewise.operation import PATH_PATTERN, backend_of, variant_of, variant_path
@@ -213,50 +212,9 @@ def test_tiles_of_two_shot_grow_when_the_device_is_full(
 def test_a_tile_fits_its_shared_memory(hidden_size: int, world_size: int) -> None:
     launch = LaunchShape.two_shot(Shape(100_000, hidden_size), world_size, 90, "kNorm")
     units = compiled.units_per_row(compiled.round_up(hidden_size // 8, world_size) // world_size)
-    assert launch.rows_per_tile * units <= constant("two_shot_tile.cuh", "kMaxTileUnits")
-    assert launch.rows_per_tile <= constant("two_shot_tile.cuh", "kMaxTileRows")
+    assert launch.rows_per_tile * units <= variants.MAX_TILE_UNITS
+    assert launch.rows_per_tile <= variants.MAX_TILE_ROWS
     assert 64 <= launch.threads <= launch.instance.max_threads
-
-
-def test_constants_agree_with_the_sources() -> None:
-    assert constant("two_shot_tile.cuh", "kMaxTileRows") == variants.MAX_TILE_ROWS
-    assert constant("two_shot_tile.cuh", "kMaxTileUnits") == variants.MAX_TILE_UNITS
-    assert constant("two_shot_tile.cuh", "kMaxTileBlocks") == compiled.MAX_BLOCKS
-    assert constant("slots.cuh", "kWarp") * constant("slots.cuh", "kVectorBytes") == 512
-    assert constant("slots.cuh", "kMaxRanks") == max(compiled.WORLD_SIZES)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_the_sentinel_and_its_stand_in_are_nan_in_every_element(dtype: torch.dtype) -> None:
-    for name in ("kSentinel", "kCanonicalNan"):
-        word = constant("slots.cuh", name)
-        elements = torch.tensor([word - 2**32], dtype=torch.int32).view(dtype)
-        assert elements.isnan().all()
-    assert constant("slots.cuh", "kSentinel") != constant("slots.cuh", "kCanonicalNan")
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_no_number_and_no_usual_nan_is_the_sentinel(dtype: torch.dtype) -> None:
-    word = constant("slots.cuh", "kSentinel") - 2**32
-    tiny = torch.finfo(dtype).smallest_normal
-    values = [0.0, -0.0, tiny / 4, -tiny / 4, 1.0, float("inf"), float("-inf"), float("nan")]
-    pairs = torch.tensor([[a, b] for a in values for b in values], dtype=dtype)
-    assert not (pairs.view(torch.int32) == word).any()
-
-
-def test_defines_are_what_the_sources_ask_for() -> None:
-    names = {name for name, _ in bound(one_shot(1, 2048).instance, 256).defines()}
-    asked = set()
-    for path in [*KERNELS.glob("*.cu"), KERNELS / "primitives.cuh"]:
-        asked |= set(re.findall(r"\bFW_[A-Z_]+\b", path.read_text()))
-    assert asked - {"FW_DEVICE", "FW_UNROLL", "FW_KEEP_LOOP"} == names
-
-
-def constant(file: str, name: str) -> int:
-    """The value of a C++ constant in a kernel source."""
-    found = re.search(rf"constexpr \w+ {name} = (0x[0-9a-f]+|\d+)u?;", (KERNELS / file).read_text())
-    assert found, f"{name} is not in {file}"
-    return int(found[1], 0)
 
 
 @pytest.mark.parametrize(

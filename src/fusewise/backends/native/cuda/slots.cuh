@@ -210,12 +210,19 @@ struct Arrival {
     give_up(group, row, phase, kWorld > 2 ? missing : 1 - group.rank);
   }
 
-  // All but the free slot.
+  // Puts the sentinel back where the peers' vectors were. Leaving out the free slot takes a branch for each and
+  // saves a store: one-shot gains by it (benchmarks/results/one_gpu/virtual_node_slots.json), two-shot does not.
   FW_DEVICE void empty(const GroupParams& group) const {
     FW_UNROLL
     for (int i = 0; i < kSources<kWorld>; ++i) {
       if (i != own_place(group)) push_words(slot + i * kUnitBytes, empty_slot());
     }
+  }
+
+  // The same with the free slot.
+  FW_DEVICE void empty_all() const {
+    FW_UNROLL
+    for (int i = 0; i < kSources<kWorld>; ++i) push_words(slot + i * kUnitBytes, empty_slot());
   }
 
   template <class Type>

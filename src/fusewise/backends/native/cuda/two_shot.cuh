@@ -92,7 +92,7 @@ FW_DEVICE Words reduce_unit(const Tile<Config>& tile, TwoShotShared& shared,
     shared.squares[piece.unit * kWorld + p.group.rank] = float_of(word);
   }
   if (piece.used) {
-    if (!tile.dead) peers.empty(p.group);
+    if (!tile.dead) peers.empty_all();
     void* sums = Config::kHasNorm ? p.residual_out : p.output.out;
     store_words(static_cast<char*>(sums) + tile.place(piece), rounded);
   }
