@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
@@ -67,6 +68,15 @@ def test_blocks_that_share_a_row_compile(instance: Instance) -> None:
 def test_what_is_launched_compiles_without_spilling_registers(launch: LaunchShape) -> None:
     assert_clean(launch.instance, 90)
     assert_clean(launch.looped().instance, 90)
+
+
+@pytest.mark.parametrize("sm", ARCHITECTURES)
+@pytest.mark.parametrize(("dtype", "output"), [("bfloat16", "kTokenFp8"), ("float32", "kGroupFp8")])
+def test_where_registers_are_fewest_nothing_spills(dtype: Any, output: Any, sm: int) -> None:
+    launch = LaunchShape.one_shot(Shape(1, 2048, dtype), 8, sm, output)
+    assert launch.instance.min_blocks > launch.looped().instance.min_blocks
+    assert_clean(launch.instance, sm)
+    assert_clean(launch.looped().instance, sm)
 
 
 @pytest.mark.parametrize("instance", VIRTUAL, ids=short)
