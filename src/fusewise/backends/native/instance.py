@@ -28,7 +28,7 @@ _REGISTERS = {
     (4, 1): 64, (4, 2): 104, (4, 4): 168,
     (8, 1): 80, (8, 2): 128, (8, 4): 256,
 }  # fmt: skip
-# And where each worker has one row, if that is enough fewer for another block to fit: it takes 61
+# And where each worker has one row, if that is enough fewer for another block to fit: it takes 60
 # to 64 then, and 72 if it may.
 _ONE_PASS_REGISTERS = {(8, 1): 64}
 _BLOCK_SIZES = (256, 384, 512, 1024)  # how large a block may be
@@ -48,7 +48,7 @@ class Instance:
     max_threads: int = 256
     min_blocks: int = 1
     # Every worker has one row, or one tile in which no warp has more than it has under way at once:
-    # no loops, so fewer registers: an eighth in one-shot up to four ranks, a fifth to two fifths
+    # no loops, so fewer registers: up to an eighth in one-shot to four ranks, a fifth to two fifths
     # in two-shot.
     one_pass: bool = False
     row_vectors: int = 0  # of the message; 0: known at run time only
