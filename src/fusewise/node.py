@@ -14,7 +14,7 @@ import importlib.util
 import os
 import platform
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -109,8 +109,9 @@ def gpu_facts() -> dict[str, Any] | None:
     with _visible_gpus() as (nvml, gpus):
         if not gpus:
             return None
-        major, minor = nvml.nvmlDeviceGetCudaComputeCapability(gpus[0])
-        links = _active_links(nvml, gpus[0])
+        whole = _whole_gpu(nvml, gpus[0])
+        major, minor = nvml.nvmlDeviceGetCudaComputeCapability(whole)
+        links = _active_links(nvml, whole)
         return {
             "device": _text(nvml.nvmlDeviceGetName(gpus[0])),
             "sm": 10 * major + minor,
@@ -146,39 +147,61 @@ def _visible_gpus() -> Iterator[tuple[Any, list[Any]]]:
         yield None, []
         return
     try:
-        everyone = ",".join(map(str, range(pynvml.nvmlDeviceGetCount())))
-        yield pynvml, _named(pynvml, os.environ.get("CUDA_VISIBLE_DEVICES", everyone))
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        yield pynvml, _all_gpus(pynvml) if visible is None else _named(pynvml, visible)
     finally:
         pynvml.nvmlShutdown()
+
+
+def _all_gpus(nvml: Any) -> list[Any]:
+    """Without those that are lost or another's."""
+    found = [
+        _or_none(nvml, nvml.nvmlDeviceGetHandleByIndex, i) for i in range(nvml.nvmlDeviceGetCount())
+    ]
+    return [gpu for gpu in found if gpu is not None]
 
 
 def _named(nvml: Any, visible: str) -> list[Any]:
     """Those that the list's items name: an index, or the UUID of a GPU or a MIG, or its beginning.
 
-    As for CUDA the list ends at the first item that names none. NVML counts by PCI bus, as CUDA
-    does where all GPUs are equally fast.
+    As for CUDA the list ends at the first item that names none or is not of the first one's kind,
+    and nothing is visible if one is named twice. NVML counts by PCI bus, as CUDA does where all
+    GPUs are equally fast.
     """
+    items = [word.strip() for word in visible.split(",")]
     found: list[Any] = []
-    for item in (word.strip() for word in visible.split(",")):
-        try:
-            if item.isdecimal():
-                found.append(nvml.nvmlDeviceGetHandleByIndex(int(item)))
-            else:
-                found.append(nvml.nvmlDeviceGetHandleByUUID(_whole_uuid(nvml, item)))
-        except nvml.NVMLError:
+    for item in items:
+        if item.isdecimal() != items[0].isdecimal():
             break
-    return found
+        by_index = nvml.nvmlDeviceGetHandleByIndex
+        gpu = _or_none(nvml, by_index, int(item)) if item.isdecimal() else _by_uuid(nvml, item)
+        if gpu is None:
+            break
+        found.append(gpu)
+    uuids = {_text(nvml.nvmlDeviceGetUUID(gpu)) for gpu in found}
+    return found if len(uuids) == len(found) else []
 
 
-def _whole_uuid(nvml: Any, beginning: str) -> str:
-    """The only GPU's UUID that begins so; what was given where there is none, as for a MIG."""
-    if not beginning.startswith("GPU-"):
-        return beginning
-    gpus = map(nvml.nvmlDeviceGetHandleByIndex, range(nvml.nvmlDeviceGetCount()))
-    found = [
-        uuid for gpu in gpus if (uuid := _text(nvml.nvmlDeviceGetUUID(gpu))).startswith(beginning)
-    ]
-    return found[0] if len(found) == 1 else beginning
+def _by_uuid(nvml: Any, uuid: str) -> Any:
+    """The GPU or MIG of that UUID, or the only GPU whose UUID begins so; None without one."""
+    gpu = _or_none(nvml, nvml.nvmlDeviceGetHandleByUUID, uuid.encode())
+    if gpu is not None or not uuid.startswith("GPU-"):
+        return gpu
+    begun = [g for g in _all_gpus(nvml) if _text(nvml.nvmlDeviceGetUUID(g)).startswith(uuid)]
+    return begun[0] if len(begun) == 1 else None
+
+
+def _whole_gpu(nvml: Any, gpu: Any) -> Any:
+    """Of a MIG the GPU that it is a part of, which has the links and the architecture."""
+    whole = _or_none(nvml, nvml.nvmlDeviceGetDeviceHandleFromMigDeviceHandle, gpu)
+    return gpu if whole is None else whole
+
+
+def _or_none(nvml: Any, get: Callable[[Any], Any], argument: Any) -> Any:
+    try:
+        return get(argument)
+    except nvml.NVMLError:
+        return None
 
 
 def multicast_supported() -> bool:

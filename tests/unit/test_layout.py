@@ -150,7 +150,7 @@ def test_what_benchmarks_import_is_there() -> None:
     for file in (REPOSITORY / "benchmarks").glob("*.py"):
         for node in ast.walk(ast.parse(file.read_text("utf-8"))):
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("fusewise"):
-                exec(ast.unparse(node), {"__file__": file.name})
+                exec(compile(ast.unparse(node), str(file), "exec"), {})
 
 
 def test_the_pages_name_files_that_exist() -> None:

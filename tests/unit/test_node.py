@@ -10,6 +10,8 @@ import pytest
 
 from fusewise import node
 
+MIG = 7  # the handle of a partition of GPU 0
+
 
 class FakeNvml(types.ModuleType):
     """Two Hopper GPUs, as NVML describes them; old bindings answered in bytes."""
@@ -19,6 +21,9 @@ class FakeNvml(types.ModuleType):
     def __init__(self, links: int = 18, count: int = 2) -> None:
         super().__init__("pynvml")
         self.links, self.count, self.open = links, count, 0
+        self.lost: set[int] = set()
+        self.silent: set[int] = set()
+        self.old = False
 
     def nvmlInit(self) -> None:  # noqa: N802
         self.open += 1
@@ -30,25 +35,34 @@ class FakeNvml(types.ModuleType):
         return self.count
 
     def nvmlDeviceGetHandleByIndex(self, index: int) -> int:  # noqa: N802
-        if index not in range(self.count):
-            raise self.NVMLError("no such index")
+        if index not in range(self.count) or index in self.lost:
+            raise self.NVMLError("no such index, or lost")
         return index
 
-    def nvmlDeviceGetUUID(self, handle: int) -> str:  # noqa: N802
-        return f"GPU-{handle}{handle}aa-0000"
+    def nvmlDeviceGetUUID(self, handle: int) -> str | bytes:  # noqa: N802
+        uuid = "MIG-0000" if handle == MIG else f"GPU-{handle}{handle}aa-0000"
+        return uuid.encode() if self.old else uuid
 
-    def nvmlDeviceGetHandleByUUID(self, uuid: str) -> int:  # noqa: N802
-        handles = {self.nvmlDeviceGetUUID(one): one for one in range(self.count)} | {"MIG-0000": 7}
-        if uuid not in handles:
+    def nvmlDeviceGetHandleByUUID(self, uuid: bytes) -> int:  # noqa: N802
+        whole = [one for one in range(self.count) if one not in self.lost]
+        handles = {f"GPU-{one}{one}aa-0000": one for one in whole} | {"MIG-0000": MIG}
+        if uuid.decode() not in handles:
             raise self.NVMLError("not found")
-        return handles[uuid]
+        return handles[uuid.decode()]
+
+    def nvmlDeviceGetDeviceHandleFromMigDeviceHandle(self, handle: int) -> int:  # noqa: N802
+        if handle != MIG:
+            raise self.NVMLError("not a partition")
+        return 0
 
     def nvmlDeviceGetMemoryInfo(self, handle: int) -> types.SimpleNamespace:  # noqa: N802
-        if handle not in range(self.count):
-            raise self.NVMLError("a partition does not tell")
+        if handle in self.silent:
+            raise self.NVMLError("no permission")
         return types.SimpleNamespace(free=100 + handle)
 
     def nvmlDeviceGetCudaComputeCapability(self, handle: int) -> tuple[int, int]:  # noqa: N802
+        if handle == MIG:
+            raise self.NVMLError("not of a partition")
         return 9, 0
 
     def nvmlDeviceGetName(self, handle: int) -> bytes:  # noqa: N802
@@ -117,7 +131,12 @@ def test_no_nvml_or_no_gpu_means_cpu(nvml: FakeNvml, monkeypatch: pytest.MonkeyP
         ("GPU-11aa-0000,GPU-00", 2, 101),
         ("GPU-", 0, None),
         ("GPU-1,,GPU-0", 1, 101),
-        ("MIG-0000", 1, None),
+        ("MIG-0000", 1, 107),
+        ("MIG-0000,GPU-0", 2, 107),
+        ("0,0", 0, None),
+        ("GPU-0,GPU-00aa-0000", 0, None),
+        ("0,GPU-1", 1, 100),
+        ("GPU-1,0", 1, 101),
         ("MIG-0001", 0, None),
         ("-1,0", 0, None),
         ("", 0, None),
@@ -135,6 +154,32 @@ def test_visible_devices_are_counted_and_the_first_of_them_is_asked(
     assert (node.gpu_count(), node.gpu_free_bytes()) == (count, free)
     assert (node.gpu_facts() is None) == (count == 0)
     assert nvml.open == 0, "what was opened is closed"
+
+
+@pytest.mark.parametrize(
+    ("visible", "count", "free"),
+    [(None, 1, 101), ("0", 0, None), ("1", 1, 101), ("GPU-11aa-0000", 1, 101), ("GPU-1", 1, 101)],
+)
+def test_a_lost_gpu_hides_no_other(
+    visible: str | None,
+    count: int,
+    free: int | None,
+    nvml: FakeNvml,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    nvml.lost = {0}
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert (node.gpu_count(), node.gpu_free_bytes()) == (count, free)
+
+
+def test_old_bindings_and_gpus_that_do_not_tell(
+    nvml: FakeNvml, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nvml.old, nvml.silent = True, {1}
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-1")
+    assert (node.gpu_count(), node.gpu_free_bytes()) == (1, None)
+    assert node.probe(2).device == "NVIDIA H200"
 
 
 class FakeDriver:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fusewise.decode.check import confirm, difference, nudged
+from fusewise.decode.check import compare
 from fusewise.decode.config import DecodeSettings, Phase
 from fusewise.decode.models import build_model, shape_named
 from fusewise.decode.results import Row
@@ -56,8 +56,7 @@ def decode_rank(worker: Worker, request: dict[str, Any]) -> None:
         worker.phase(f"{name}: compile", None, _COMPILE_S)
         runners = _runners(compiled, phase, tokens, communicators)
         worker.phase(f"{name}: check", None, _TIME_S)
-        differences, rounding = _differences(model, runners)
-        confirm(differences, rounding)
+        differences, rounding = compare(model, runners)
         times_s = _times(worker, name, runners, settings.repeats)
         rows = [
             _row(runner, arm, phase, tokens, settings)
@@ -149,13 +148,3 @@ def _row(runner: Runner, arm: str, phase: Phase, tokens: int, settings: DecodeSe
         "graph": _choice(runner.communicator, settings, tokens),
         "tokens_per_run": tokens * (settings.steps if phase == "decode" else 1),
     }
-
-
-def _differences(model: Any, runners: Mapping[str, Runner]) -> tuple[dict[str, float], float]:
-    """How far each arm's logits are off the first arm's, and how far rounding moves those."""
-    logits = {name: runner.first_logits() for name, runner in runners.items()}
-    unfused = next(iter(logits))
-    with nudged(model):
-        moved = runners[unfused].first_logits()
-    found = {name: difference(one, logits[unfused]) for name, one in logits.items()}
-    return found, difference(moved, logits[unfused])

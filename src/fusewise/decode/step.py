@@ -7,14 +7,12 @@ GPUs each arm captures its own CUDA graph, in which its paths are fixed.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from fusewise.decode.check import SEQUENCES
 from fusewise.decode.config import DecodeSettings
 from fusewise.decode.models import cache_name
 from fusewise.graph.api import compile as compile_model
@@ -146,15 +144,12 @@ class DecodeRunner:
         self.logits = self._function(self.batch.ids, self.batch.cache)
         self.batch.ids.copy_(self.logits.argmax(-1, keepdim=True))
 
-    def first_logits(self) -> Tensor:
-        """[sequences, vocabulary] after one step from ``SEQUENCES`` first tokens or more."""
+    def first_logits(self, turn: int) -> Tensor:
+        """[batch, vocabulary] after one step, from other first tokens each turn."""
         self.communicator.activate()
-        found = []
-        for turn in range(math.ceil(SEQUENCES / len(self.batch.start))):
-            self.batch.reset(turn)
-            self._advance()
-            found.append(self.logits.float().cpu())
-        return torch.cat(found)
+        self.batch.reset(turn)
+        self._advance()
+        return self.logits.float().cpu()
 
     def time_s(self) -> float:
         """Seconds of all steps on this rank."""
@@ -185,16 +180,12 @@ class PrefillRunner:
     def _advance(self) -> None:
         self.logits = self._function(self._ids)
 
-    def first_logits(self) -> Tensor:
-        """[SEQUENCES, vocabulary] of the last token of as many sequences."""
+    def first_logits(self, turn: int) -> Tensor:
+        """[1, vocabulary] of the last token, of another sequence each turn."""
         self.communicator.activate()
-        found = []
-        for turn in range(SEQUENCES):
-            self._ids.copy_((self._start + turn) % self._vocabulary)
-            self._advance()
-            found.append(self.logits.float().cpu())
-        self._ids.copy_(self._start)
-        return torch.cat(found)
+        self._ids.copy_((self._start + turn) % self._vocabulary)
+        self._advance()
+        return self.logits.float().cpu()
 
     def time_s(self) -> float:
         """Seconds of one prefill on this rank."""

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from fusewise.operation import Op
 
 # One-shot has slots for world_size copies of a message, twice: at 8 ranks 4 MiB take 64 MiB.
-# Far above the sizes at which two-shot takes over (docs/kernels.md: near 165 KB and 47 KB).
+# Far above the sizes at which two-shot takes over (docs/kernels.md: near 167 KB and 48 KB).
 _ONE_SHOT_MAX_BYTES = {2: 2**62, 4: 16 * 2**20, 8: 4 * 2**20}
 
 

@@ -61,9 +61,9 @@ class _Spread(NamedTuple):
 # Few rows are spread over several blocks each: with one, a multiprocessor moves all copies of a row
 # alone. One-shot's are from two H100s: four blocks for each of 146 wide rows were a tenth ahead of
 # two, and far behind at twice as many; the last is from eight virtual ranks, where up to three rows
-# took 2 to 8 % less in the mean (benchmarks/results/one_gpu/virtual_node_spread.json). Two-shot's fit a block
-# on each of 132 multiprocessors. With 180 vectors each, two blocks took 7 to 10 % less in a chain
-# where a shard's two units were one for each, and 10 to 15 % more where it had three
+# took 2 to 8 % less in the mean (benchmarks/results/one_gpu/virtual_node_spread.json). Two-shot's
+# fit a block on each of 132 multiprocessors. With 180 vectors each, two blocks took 7 to 10 % less
+# in a chain where a shard's two units were one for each, and 10 to 15 % more where it had three
 # (virtual_node_blocks.json there).
 _SPREAD: dict[Kernel, tuple[_Spread, ...]] = {
     "one_shot": (_Spread(300, 128), _Spread(600, 224), _Spread(12, 64, least_ranks=8)),
