@@ -14,12 +14,11 @@ from fusewise.engines.base import Threshold
 from fusewise.engines.cap import ExplicitCap, decide_cap
 from fusewise.engines.vllm.dispatch import VllmSettings
 from fusewise.errors import InputError, StaleProfileError
-from fusewise.node import Fingerprint
-from fusewise.profiles.schema import PathRecord, Profile, Provenance, Sample
+from fusewise.profiles.schema import Profile
 from fusewise.profiles.store import load
+from tests.engine_profiles import COLUMN, MIB, TP2, Times, measured
 
 SEED = VllmSettings("0.33", 90, 8, multicast=True, flashinfer_backend="trtllm")
-MIB = 2**20
 
 
 @pytest.fixture(scope="module")
@@ -131,52 +130,6 @@ def test_records_are_plain_json(seed: Profile) -> None:
     assert len(json.loads(json.dumps(result.rows_record()))) == 4
 
 
-# Two H200s, measured. Times per size: fused, custom, nccl; None: not measured.
-Times = tuple[float | None, float | None, float | None]
-TP2 = replace(SEED, version="0.22", world_size=2, multicast=False)
-
-
-def measured(columns: dict[int, dict[int, Times]], **mark: Any) -> Profile:
-    names = ("flashinfer.one_shot", "custom + rms_norm", "nccl + rms_norm")
-    samples: list[Sample] = []
-    for hidden_size, column in columns.items():
-        for size, times in column.items():
-            one_shot_to = 2 * MIB if mark.get("world_size") == 4 else 32 * MIB
-            fused = "flashinfer.two_shot" if size > one_shot_to else names[0]
-            for name, time in zip((fused, *names[1:]), times, strict=True):
-                if time is not None:
-                    spread = tuple(time * (1 + 0.001 * i) for i in range(9))
-                    samples.append(
-                        Sample(
-                            path=name,
-                            num_tokens=size // (2 * hidden_size),
-                            hidden_size=hidden_size,
-                            times_us=spread,
-                        )
-                    )
-    paths = [
-        PathRecord(name=n, provider="test", fused="rms_norm" not in n)
-        for n in (*names, "flashinfer.two_shot")
-    ]
-    facts = {"device_type": "cuda", "device": "NVIDIA H200", "sm": 90, "world_size": 2}
-    return Profile(
-        provenance=Provenance(origin="measured", source="test", created="2026-01-01", fusewise="0"),
-        fingerprint=Fingerprint(**{**facts, "fabric": "nv18", **mark}),
-        dtype="bfloat16",
-        baseline="nccl + rms_norm",
-        paths=tuple(paths),
-        samples=tuple(samples),
-    )
-
-
-COLUMN: dict[int, Times] = {
-    1 * MIB: (7.3, 12.0, 10.3),
-    4 * MIB: (27.0, 30.0, 27.1),
-    8 * MIB: (50.0, 39.0, 41.0),  # custom ends here: NCCL is the engine's alternative
-    64 * MIB: (387.0, 300.0, 282.0),
-}
-
-
 def test_a_measured_cap_below_the_engines() -> None:
     result = audit(measured({2048: COLUMN}), TP2, profile_level="user profile")
     assert (result.cap.cap_bytes, result.cap.level, result.cap.origin) == (
@@ -196,22 +149,6 @@ def test_the_best_known_path_may_ask_for_a_lower_cap() -> None:
     assert result.best_cap_bytes == 1 * MIB
 
 
-def test_a_measured_tie_does_not_lose_and_a_clear_loss_does() -> None:
-    tie = {**COLUMN, 8 * MIB: (41.5, None, 41.0)}
-    loss = {**COLUMN, 8 * MIB: (42.5, None, 41.0)}
-    assert decide_cap(measured({2048: tie}), TP2).cap_bytes == 8 * MIB
-    assert decide_cap(measured({2048: loss}), TP2).cap_bytes == 4 * MIB
-
-
-def test_hidden_sizes_have_caps_of_their_own_and_the_node_the_smallest() -> None:
-    wide = {**COLUMN, 8 * MIB: (40.0, None, 41.0)}
-    profile = measured({2048: COLUMN, 4096: wide})
-    assert decide_cap(profile, TP2).cap_bytes == 4 * MIB
-    assert decide_cap(profile, TP2, hidden_size=4096).cap_bytes == 8 * MIB
-    assert decide_cap(profile, TP2, hidden_size=8192).cap_bytes == 8 * MIB
-    assert decide_cap(profile, TP2, hidden_size=1024).cap_bytes == 4 * MIB
-
-
 def test_a_measured_cap_may_exceed_the_engines_table() -> None:
     tp4 = replace(TP2, world_size=4)  # its table: 2 MiB
     wins: dict[int, Times] = {1 * MIB: (7, 12, 12), 4 * MIB: (20, 30, 30)}
@@ -220,21 +157,6 @@ def test_a_measured_cap_may_exceed_the_engines_table() -> None:
     result = audit(measured({2048: loses}, world_size=4), tp4)
     assert result.cap.cap_bytes == 1 * MIB
     assert result.bands == ()  # above the engine's table nothing is fused today
-
-
-def test_samples_that_stop_below_the_engines_cap_leave_it_to_the_rule() -> None:
-    short: dict[int, Times] = {1 * MIB: (7.3, 12.0, 10.3)}
-    decision = decide_cap(measured({2048: short}), TP2)
-    assert (decision.cap_bytes, decision.level) == (64 * MIB, "engine default")
-    reaching = {**short, 64 * MIB: (200.0, None, 282.0)}
-    decision = decide_cap(measured({2048: reaching}), TP2)
-    assert (decision.cap_bytes, decision.origin) == (64 * MIB, "measured")
-
-
-def test_one_unanswered_hidden_size_leaves_the_node_unanswered() -> None:
-    profile = measured({2048: COLUMN, 4096: {1 * MIB: (7.3, 12.0, 10.3)}})
-    assert decide_cap(profile, TP2).level == "engine default"
-    assert decide_cap(profile, TP2, hidden_size=2048).cap_bytes == 4 * MIB
 
 
 def test_a_loss_at_the_smallest_size_means_never_fuse() -> None:

@@ -111,9 +111,13 @@ def _measured_cap(
         for measured_at, column in columns.items()
         if (answer := _column_cap(column, settings, hidden_size or measured_at))
     ]
-    if len(decided) < len(columns) or not decided:
-        return None  # one hidden size without an answer leaves the node without one
+    if not decided:
+        return None
     cap, why = min(decided)
+    # Hidden sizes without an answer have the rule's cap: what was measured counts below it.
+    rule = settings.rule(hidden_size).cap_bytes
+    if len(decided) < len(columns) and rule is not None and cap >= rule:
+        return None
     return CapDecision(cap, level, profile.provenance.origin, why)
 
 
@@ -123,7 +127,7 @@ def _column_cap(
     """The cap of one hidden size, or None where the samples do not settle it.
 
     A loss settles it wherever it is; that fusing never loses, only samples without a gap up to the
-    engine's cap.
+    last whole token below the engine's cap.
     """
     own = settings.cap_bytes(hidden_size) or 0
     if settings.only_lowered:
@@ -134,12 +138,18 @@ def _column_cap(
     if loss is not None:
         cap = max((size for size in sizes if size < loss.shape.message_bytes), default=0)
         why = _loss_text(loss)
-    elif max(sizes, default=0) < own or any(c.outcome == "not measured" for c in column):
+    elif any(c.outcome == "not measured" for c in column) or not _reaches(column, own):
         return None
     else:
-        cap = max(sizes, default=0)
+        cap = max(own, *sizes)
         why = f"fusing never loses up to {format_size(cap)}, as far as was measured"
     return (min(cap, own) if settings.only_lowered else cap), why
+
+
+def _reaches(column: list[Comparison], cap_bytes: int) -> bool:
+    """Whether the next token more would be beyond the cap."""
+    largest = max((c.shape.message_bytes + c.shape.row_bytes for c in column), default=0)
+    return largest > cap_bytes
 
 
 def _loss_text(loss: Comparison) -> str:
