@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from fusewise.engines.audit import audit, explain
-from fusewise.engines.base import Threshold
 from fusewise.engines.cap import ExplicitCap, decide_cap
 from fusewise.engines.vllm.dispatch import VllmSettings
 from fusewise.errors import InputError, StaleProfileError
@@ -187,19 +185,3 @@ def test_a_cpu_profile_is_refused() -> None:
 def test_an_engine_that_does_not_fuse_here_has_no_cap(seed: Profile) -> None:
     decision = decide_cap(None, replace(SEED, sm=80))
     assert (decision.cap_bytes, decision.level) == (None, "engine default")
-
-
-def test_two_h200s_as_measured() -> None:
-    """benchmarks/results/h200x2_tp2_peers.json, hidden 2048, multicast off."""
-    file = Path(__file__).resolve().parents[2] / "benchmarks/results/h200x2_tp2_peers.json"
-    column: dict[int, Times] = {}
-    for row in json.loads(file.read_text(encoding="utf-8"))["rows"]:
-        fused = row["fi_one"] if row["bytes"] <= 32 * MIB else row["fi_two"]
-        custom = row["vllm_ca+norm"] if row["bytes"] < 8 * MIB else None
-        column[row["bytes"]] = (fused, custom, row["nccl+norm"])
-    result = audit(measured({2048: column}), TP2)
-    assert result.threshold == Threshold(64 * MIB)
-    assert result.cap.cap_bytes == 8 * MIB
-    (band,) = result.bands
-    assert (band.above_bytes, band.to_bytes) == (8 * MIB, 64 * MIB)
-    assert band.worst_cost_us == pytest.approx(116.8, abs=0.6)

@@ -118,15 +118,16 @@ def test_the_cap_of_a_hidden_size_is_its_own() -> None:
         return int(run(*asked, *hidden)[0].splitlines()[0])
 
     caps = [printed(*hidden) for hidden in ((), ("--hidden", "2048"), ("--hidden", "4096"))]
-    assert caps == [8 * 2**20, 8 * 2**20, 32 * 2**20]
-    assert printed("--hidden", "4096,2048") == 8 * 2**20
+    narrow, wide = 1117 * 4096, 64 * 2**20
+    assert caps == [narrow, narrow, wide]
+    assert printed("--hidden", "4096,2048") == narrow
     document = json.loads(run(*asked, "--hidden", "4096,2048", "--format", "json")[0])
     assert [(row["hidden_size"], row["cap_bytes"]) for row in document["hidden_sizes"]["rows"]] == [
-        (4096, 32 * 2**20), (2048, 8 * 2**20),
+        (4096, wide), (2048, narrow),
     ]  # fmt: skip
     audit = json.loads(run("audit", *asked[1:], "--format", "json")[0])["hidden_sizes"]["rows"]
     assert {row["hidden_size"]: row["cap_bytes"] for row in audit} == {
-        2048: 8 * 2**20, 4096: 32 * 2**20,
+        2048: narrow, 4096: wide, 7168: wide,
     }  # fmt: skip
 
 

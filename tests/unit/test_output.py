@@ -176,6 +176,11 @@ def test_a_folder_of_profiles_that_cannot_be_read_is_named(monkeypatch: pytest.M
 
 def test_what_has_no_path_left_says_so() -> None:
     out, _ = run(
-        "explain", "4K", "-p", "nvidia-h200-tp2", "--without", "nccl,flashinfer,symm_mem,custom"
+        "explain",
+        "4K",
+        "-p",
+        "nvidia-h200-tp2",
+        "--without",
+        "nccl,nccl_symm,flashinfer,symm_mem,custom",
     )
     assert "nvidia-h200-tp2 has no other path" in " ".join(out.split())

@@ -128,7 +128,7 @@ def test_without_advice_the_page_gives_that_of_every_engine():
     old = store.load("nvidia-h200-tp2")
     text = html.page(old, derive(old))
     assert text.count("<section class=card>") == len(advice.names())
-    assert "(8388608 bytes)" in text
+    assert "(4575232 bytes)" in text
 
 
 def test_an_engine_that_cannot_run_there_is_said_and_cpu_ranks_have_none(written):

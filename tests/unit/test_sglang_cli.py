@@ -26,8 +26,8 @@ def test_cap_gives_a_number_its_tokens_and_what_to_do() -> None:
     assert "2048 at hidden 2048, 2048 at hidden 4096, 2048 at hidden 7168" in err
     assert "--enforce-disable-flashinfer-allreduce-fusion" in err
     out, err = run("cap", "--profile", "nvidia-h200-tp2", "--no-custom-v2")
-    assert out.splitlines() == ["4194304", "FUSEWISE_CAP=4194304"]
-    assert "1024 at hidden 2048, 512 at hidden 4096, 292 at hidden 7168" in err
+    assert out.splitlines() == ["4575232", "FUSEWISE_CAP=4575232"]
+    assert "1117 at hidden 2048, 2048 at hidden 4096, 2048 at hidden 7168" in err
     document = json.loads(run("cap", "--profile", "nvidia-h200-tp8", "--format", "json")[0])
     (row,) = document["cap"]["rows"]
     assert (row["cap_bytes"], row["level"]) == (512 * KIB, "rule")

@@ -224,16 +224,14 @@ def _compare(
             shape, fused, rival, times.get(fused), times.get(rival), None, "not measured"
         )
     delta = difference(shape, row, rival, fused, profile.deltas)
-    outcome = _outcome(delta, min(times.values()), profile.provenance.origin)
+    outcome = _outcome(delta, min(times.values()))
     return Comparison(shape, fused, rival, times[fused], times[rival], delta, outcome)
 
 
-def _outcome(
-    delta: Interval, fastest_us: float, origin: Literal["measured", "published"]
-) -> Outcome:
-    """A tie does not lose; a published number has no interval, so its sign decides a loss."""
+def _outcome(delta: Interval, fastest_us: float) -> Outcome:
+    """A tie does not lose; a number that came without its spread loses by its sign."""
     judged = judge(delta, fastest_us)
-    if judged == "do not fuse" or (origin == "published" and delta.median < 0):
+    if judged == "do not fuse" or (delta.low == delta.high and delta.median < 0):
         return "fusion loses"
     return "fusion wins" if judged == "fuse" else "tie"
 
