@@ -118,7 +118,7 @@ def _sizes(result: auditing.Audit) -> Section:
 def _summary(result: auditing.Audit, where: str, question: Question) -> Section:
     compared = any(row.delta_us is not None for row in result.rows)
     bands = [str(band) for band in result.bands] or ["none" if compared else "unknown"]
-    best = result.best_cap_bytes
+    best, own = result.best_cap_bytes, result.own
     shown: list[tuple[str, object]] = [
         ("engine", f"{question.engine_name} {result.version}"),
         ("profile", where),
@@ -128,6 +128,7 @@ def _summary(result: auditing.Audit, where: str, question: Question) -> Section:
         ("answered by", level_of(result.cap)),
         ("because", result.cap.why),
         ("cap against the best path known", "unknown" if best is None else _bytes(best)),
+        *([("our kernels", str(own))] if own else []),
     ]
     record = {
         "engine": question.engine_name,
@@ -139,6 +140,9 @@ def _summary(result: auditing.Audit, where: str, question: Question) -> Section:
         "engine_cap_tokens": result.threshold.num_tokens if result.threshold else None,
         **asdict(result.cap),
         "best_cap_bytes": best,
+        "native_compared": own.compared if own else None,
+        "native_faster_at": own.faster_at if own else None,
+        "native_most_us": own.most_us if own else None,
         "flag": result.flag,
         "environment": result.environment,
     }

@@ -21,6 +21,7 @@ from fusewise.engines.cap import (
     decide_cap,
     safe_size,
 )
+from fusewise.engines.own_kernels import OwnKernels, own_kernels
 from fusewise.profiles.schema import Profile
 from fusewise.profiles.store import Level
 from fusewise.shape import format_size
@@ -76,7 +77,8 @@ class Audit:
     """What one engine's fusion setting costs on one node, and the cap that cures it.
 
     ``best_cap_bytes``: the largest measured size up to which the engine's fused kernel never
-    loses to the best path the profile knows; None where nothing can be compared.
+    loses to the best path the profile knows; None where nothing can be compared. ``own``: where
+    this package's kernels beat what the engine runs; None where they do not.
     """
 
     version: str
@@ -84,6 +86,7 @@ class Audit:
     threshold: Threshold | None
     cap: CapDecision
     best_cap_bytes: int | None
+    own: OwnKernels | None
     rows: tuple[Row, ...]
     bands: tuple[LosingBand, ...]
     hidden_caps: tuple[HiddenCap, ...]
@@ -137,6 +140,7 @@ def audit(
         threshold=settings.threshold,
         cap=decision,
         best_cap_bytes=min(bests) if bests else None,
+        own=own_kernels(profile, settings),
         rows=tuple(_row(c, settings.cap_bytes(h)) for h, column in columns.items() for c in column),
         bands=tuple(
             band

@@ -108,6 +108,8 @@ def _card(advice: Advice) -> str:
         facts += [(k, f"<pre><code>{_text(v)}</code></pre>") for k, v in pasted if v is not None]
         bands = "".join(f"<li>{_text(losing(band))}</li>" for band in audit.bands)
         facts += [("losing", f"<ul>{bands}</ul>")] if bands else []
+    if audit is not None and audit.own is not None:
+        facts.append(("our kernels", _text(str(audit.own))))
     listed = "\n".join(f"<dt>{name}</dt><dd>{value}</dd>" for name, value in facts)
     return (
         f"<section class=card><h3>{_text(advice.engine)}</h3>\n<p>{_text(advice.headline)}</p>\n"
