@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from fusewise.engines.audit import audit
 from fusewise.engines.cap import decide_cap
 from fusewise.profiles import store
 from tests.engine_profiles import COLUMN, MIB, TP2, Times, measured
@@ -45,6 +46,40 @@ def test_an_unanswered_hidden_size_leaves_its_own_cap_to_the_rule() -> None:
     wins = measured({2048: {64 * MIB: (200.0, None, 282.0)}, 4096: short})
     assert decide_cap(wins, TP2).level == "engine default"
     assert decide_cap(wins, TP2, hidden_size=2048).origin == "measured"
+
+
+def test_a_loss_with_nothing_smaller_does_not_speak_for_other_hidden_sizes() -> None:
+    large: dict[int, Times] = {64 * MIB: (387.0, None, 282.0)}
+    profile = measured({2048: large, 4096: {1 * MIB: (7.3, 12.0, 10.3)}})
+    assert decide_cap(profile, TP2).level == "engine default"
+    assert decide_cap(profile, TP2, hidden_size=2048).cap_bytes == 0
+
+
+@pytest.mark.parametrize(("rounds", "cap"), [(1, 4 * MIB), (9, 8 * MIB)])
+def test_a_number_without_its_spread_loses_by_its_sign(rounds: int, cap: int) -> None:
+    profile = measured({2048: {**COLUMN, 8 * MIB: (41.4, None, 41.0)}})
+    samples = tuple(
+        sample.model_copy(update={"times_us": sample.times_us[:rounds]})
+        for sample in profile.samples
+    )
+    decided = decide_cap(profile.model_copy(update={"samples": samples}), TP2)
+    assert (decided.cap_bytes, decided.origin) == (cap, "measured")
+
+
+def test_what_a_cap_gives_up_is_said() -> None:
+    again = {**COLUMN, 64 * MIB: (200.0, 300.0, 282.0)}
+    why = decide_cap(measured({2048: again}), TP2).why
+    assert why.endswith(
+        "gives up to 82.33 µs away where fusing wins above it (at 64M, hidden 2048)"
+    )
+    assert "gives" not in decide_cap(measured({2048: COLUMN}), TP2).why
+
+
+def test_an_audit_of_some_hidden_sizes_answers_for_those() -> None:
+    wide = {**COLUMN, 8 * MIB: (40.0, None, 41.0)}
+    profile = measured({2048: COLUMN, 4096: wide})
+    for hidden_sizes, cap in (((), 4), ((4096,), 8), ((4096, 2048), 4)):
+        assert audit(profile, TP2, hidden_sizes=hidden_sizes).cap.cap_bytes == cap * MIB
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from fusewise.engines.audit import audit
+from fusewise.engines.cap import ExplicitCap
 from fusewise.engines.own_kernels import OwnKernels, own_kernels
 from fusewise.engines.sglang.dispatch import SGLangSettings
 from fusewise.profiles import store
@@ -62,22 +63,46 @@ def test_beyond_the_engines_cap_its_unfused_path_is_today() -> None:
     assert found is not None and found.most_us == pytest.approx(5, abs=0.1)
 
 
-@pytest.mark.parametrize("times_us", [{}, {1 * MIB: 7.25}, {1 * MIB: 9.0}, {2 * MIB: 1.0}])
-def test_nothing_is_said_within_noise_or_where_nothing_compares(
-    times_us: dict[int, float],
-) -> None:
-    profile = with_ours(times_us)
-    assert own_kernels(profile, TP2) is None
-    assert audit(profile, TP2).own is None
+@pytest.mark.parametrize("time_us", [7.25, 9.0])
+def test_within_noise_it_is_not_faster(time_us: float) -> None:
+    found = own_kernels(with_ours({1 * MIB: time_us}), TP2)
+    assert found == OwnKernels(1, 0, None, None, None, stale=False)
+    assert "at none of 1 measured sizes" in str(found)
+
+
+@pytest.mark.parametrize("times_us", [{}, {2 * MIB: 1.0}])
+def test_nothing_is_said_where_nothing_compares(times_us: dict[int, float]) -> None:
+    assert own_kernels(with_ours(times_us), TP2) is None
+
+
+def test_what_full_mode_cannot_run_does_not_count() -> None:
+    profile = with_ours({1 * MIB: 5.0, 64 * MIB: 187.0})
+    assert audit(profile, TP2).own is not None
+    assert audit(profile, TP2, explicit=ExplicitCap(2**20)).own is None  # then full is cap
+    assert (
+        audit(profile, replace(TP2, version="0.33", batch_invariant=True)).own is None
+    )  # it does not fuse
+    four = {1 * MIB: (7.0, 12.0, 12.0), 16 * MIB: (90.0, 95.0, 99.0), 32 * MIB: (190.0, 185.0, 199)}
+    tp4 = with_ours(dict.fromkeys(four, 1.0), measured({2048: four}, world_size=4))
+    found = own_kernels(tp4, replace(TP2, world_size=4))
+    assert found is not None and found.message_bytes == 16 * MIB  # FlashInfer's workspace ends
+
+
+def test_times_of_other_sources_need_a_new_tune() -> None:
+    profile = with_ours({1 * MIB: 5.0})
+    for kernels, stale in ((None, False), (profile.fingerprint.kernels, False), ("other", True)):
+        found = own_kernels(profile, TP2, kernels)
+        assert found is not None and found.stale == stale
+        assert ("needs a new `fusewise tune`" in str(found)) == stale
 
 
 def test_two_h200s_as_they_were_tuned() -> None:
     profile = store.load(TUNED)
     found = audit(profile, TP2).own
-    assert found == OwnKernels(48, 48, pytest.approx(243.2, abs=0.1), 64 * MIB, 2048)
+    assert found == OwnKernels(48, 48, pytest.approx(243.2, abs=0.1), 64 * MIB, 2048, stale=False)
     sglang = SGLangSettings("0.5.23", 90, 2, multicast=False, custom_v2=True)
-    told = audit(profile, sglang).own
-    assert told is not None and told.compared < 48  # its own kernels are in no profile
+    told = audit(profile, sglang).own  # up to its 2048 tokens
+    assert told == OwnKernels(41, 41, pytest.approx(33.96, abs=0.01), 16 * MIB, 4096, stale=False)
     text = html.page(profile, derive(profile))
     assert text.count("<dt>our kernels</dt>") == 2
     assert "by up to 243.23 µs per call (at 64M, hidden 2048)" in text

@@ -56,7 +56,9 @@ def test_a_cap_of_ones_own_raises_nothing_that_only_tokens_bound() -> None:
         found = json.loads(run("explain", size, *asked, "--format", "json")[0])
         (row,) = found["engine"]["rows"]
         assert (row["with_cap"], row["cap_bytes"]) == (path, 8 * 2**20)
-    run("audit", *asked, "--check", "15%")  # 14.2 % at 8M; the 19.2 % at 64M never fuses
+    # 11 % at 64M, which never fuses; up to its tokens NCCL, which runs instead, loses.
+    nccl = ("--profile", "nvidia-h200-tp2", "--no-custom-all-reduce", "--cap", "1G")
+    run("audit", *nccl, "--check", "5%")
 
 
 def test_audit_and_explain_speak_of_sglangs_kernels() -> None:

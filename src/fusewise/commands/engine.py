@@ -23,6 +23,7 @@ from fusewise.engines import audit as auditing
 from fusewise.engines.base import HIDDEN_SIZES, EngineSettings
 from fusewise.engines.cap import CapDecision
 from fusewise.errors import CheckError, InputError
+from fusewise.node import kernels_digest
 from fusewise.operation import all_reduce_of
 from fusewise.report.table import Column, Section, facts
 from fusewise.shape import format_size
@@ -87,6 +88,7 @@ def audit(
         explicit=question.explicit_cap(),
         hidden_sizes=integers(hidden, ()),
         profile_level=found.level,
+        kernels=kernels_digest(),
     )
     write(
         [

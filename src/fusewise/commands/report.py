@@ -10,6 +10,7 @@ import typer
 from fusewise.commands.options import bordered, resolve_or_fail
 from fusewise.commands.output import check_output, write_file, write_text
 from fusewise.commands.question import Question, asks
+from fusewise.node import kernels_digest
 from fusewise.profiles.plan import derive
 
 _STDOUT = Path("-")
@@ -37,11 +38,13 @@ def report(
     found = resolve_or_fail(question.profile, question.dtype, question.tp, question.strict)
     assert found.profile is not None
     profile = found.profile
-    advice = of_all_engines(profile, found.level)
+    digest = kernels_digest()
+    advice = of_all_engines(profile, found.level, digest)
     if question.about_engine:
         settings = question.settings(found)
         explicit = question.explicit_cap()
-        advice = [of_engine(question.engine_name, profile, settings, found.level, explicit)]
+        told = of_engine(question.engine_name, profile, settings, found.level, explicit, digest)
+        advice = [told]
     text = page(profile, derive(profile), advice=advice)
     if output == _STDOUT:
         write_text(text)

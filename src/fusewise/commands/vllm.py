@@ -172,8 +172,8 @@ def _summary(
         ("cap with fusewise", _size(cap)),
         ("answered by", level_of(decision)),
         ("because", decision.why),
-        ("unfused at that cap, today", settings.unfused_choice(at) if at else None),
-        ("unfused at that cap, capped", settings.displaced_choice(at) if at else None),
+        ("unfused at today's cap, today", settings.unfused_choice(at) if at else None),
+        ("unfused at today's cap, capped", settings.displaced_choice(at) if at else None),
     ]  # fmt: skip
     if result is not None:
         shown += [("present cost", str(band)) for band in result.bands or ["none measured"]]

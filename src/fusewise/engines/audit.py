@@ -77,8 +77,8 @@ class Audit:
     """What one engine's fusion setting costs on one node, and the cap that cures it.
 
     ``best_cap_bytes``: the largest measured size up to which the engine's fused kernel never
-    loses to the best path the profile knows; None where nothing can be compared. ``own``: where
-    this package's kernels beat what the engine runs; None where they do not.
+    loses to the best path the profile knows; None where nothing can be compared. ``own``: this
+    package's kernels against what the engine runs; None where full mode has none to run.
     """
 
     version: str
@@ -110,6 +110,7 @@ def audit(
     explicit: ExplicitCap | None = None,
     hidden_sizes: Iterable[int] = (),
     profile_level: Level = "argument",
+    kernels: str | None = None,
 ) -> Audit:
     """Compares an engine's fusion with its own alternative on the node of a profile.
 
@@ -117,17 +118,19 @@ def audit(
         profile: the node's measurements.
         settings: the engine; its world size, GPU and dtype must be the profile's.
         explicit: a cap somebody set; it wins.
-        hidden_sizes: for token caps; by default those the profile measured or names.
+        hidden_sizes: whose smallest cap is the answer; by default all, and those the profile
+            measured or names for token caps.
         profile_level: where the profile was found.
+        kernels: the digest of this installation's sources of our kernels.
 
     Raises:
         StaleProfileError: the profile was measured at another world size, GPU or dtype.
     """
     columns = against_engine(profile, settings)
     decide = partial(decide_cap, profile, settings, explicit=explicit, profile_level=profile_level)
-    decision = decide()
-    named = sorted(set(hidden_sizes)) or _hidden_sizes(profile)
-    decided = [(hidden_size, decide(hidden_size=hidden_size)) for hidden_size in named]
+    asked = sorted(set(hidden_sizes))
+    decided = [(h, decide(hidden_size=h)) for h in asked or _hidden_sizes(profile)]
+    decision = min((d for _, d in decided), key=lambda d: d.cap_bytes or 0) if asked else decide()
     bests = [
         safe_size(column)
         for column in against_best(profile, settings).values()
@@ -140,7 +143,7 @@ def audit(
         threshold=settings.threshold,
         cap=decision,
         best_cap_bytes=min(bests) if bests else None,
-        own=own_kernels(profile, settings),
+        own=None if explicit is not None else own_kernels(profile, settings, kernels),
         rows=tuple(_row(c, settings.cap_bytes(h)) for h, column in columns.items() for c in column),
         bands=tuple(
             band

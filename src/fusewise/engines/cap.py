@@ -114,11 +114,33 @@ def _measured_cap(
     if not decided:
         return None
     cap, why = min(decided)
-    # Hidden sizes without an answer have the rule's cap: what was measured counts below it.
+    # Hidden sizes without an answer have the rule's cap: what was measured counts below it. Not if
+    # its smallest size loses: that says nothing of smaller ones, and would switch fusion off.
     rule = settings.rule(hidden_size).cap_bytes
-    if len(decided) < len(columns) and rule is not None and cap >= rule:
+    if len(decided) < len(columns) and (cap == 0 or (rule is not None and cap >= rule)):
         return None
+    why += _given_up_text(columns, settings, cap)
     return CapDecision(cap, level, profile.provenance.origin, why)
+
+
+def _given_up_text(
+    columns: Mapping[int, list[Comparison]], settings: EngineSettings, cap_bytes: int
+) -> str:
+    """Where fusing would win above the cap, within what the engine fuses; empty if nowhere."""
+    gains = {
+        comparison: comparison.delta.median
+        for hidden_size, column in columns.items()
+        for comparison in column
+        if comparison.outcome == "fusion wins" and comparison.delta is not None
+        if cap_bytes < comparison.shape.message_bytes <= (settings.cap_bytes(hidden_size) or 0)
+    }
+    if not gains:
+        return ""
+    most = max(gains, key=lambda comparison: gains[comparison])
+    return (
+        f"; the cap gives up to {gains[most]:.2f} µs away where fusing wins above it (at "
+        f"{format_size(most.shape.message_bytes)}, hidden {most.shape.hidden_size})"
+    )
 
 
 def _column_cap(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fusewise.engines.base import EngineSettings
+from fusewise.engines.router import NATIVE, full_cap
 from fusewise.profiles.intervals import median
 from fusewise.profiles.plan import best, difference, judge
 from fusewise.profiles.schema import Profile, Sample
@@ -13,57 +14,72 @@ from fusewise.shape import Shape, format_size
 
 @dataclass(frozen=True)
 class OwnKernels:
-    """Where the fastest of our kernels beats what the engine runs today, beyond noise.
+    """The fastest of our kernels against what the engine runs today, up to where full mode fuses.
 
-    ``compared``: measured shapes with times of both; ``faster_at`` of these it is faster, and by
-    ``most_us`` per call at the one with ``message_bytes`` and ``hidden_size``.
+    ``compared``: measured shapes with times of both; at ``faster_at`` of these it is faster beyond
+    noise. ``most_us``: saved per call at the shape where it is most; None where nowhere.
+    ``stale``: they are times of other sources than those of this installation.
     """
 
     compared: int
     faster_at: int
-    most_us: float
-    message_bytes: int
-    hidden_size: int
+    most_us: float | None
+    message_bytes: int | None
+    hidden_size: int | None
+    stale: bool
 
     def __str__(self) -> str:
+        if self.most_us is None or self.message_bytes is None:
+            return f"faster than what runs today at none of {self.compared} measured sizes"
+        use = "the plugin's full mode runs them"
+        if self.stale:
+            use = "measured with other sources of theirs, so full mode needs a new `fusewise tune`"
         return (
             f"faster than what runs today at {self.faster_at} of {self.compared} measured sizes, "
             f"by up to {self.most_us:.2f} µs per call (at {format_size(self.message_bytes)}, "
-            f"hidden {self.hidden_size}): the plugin's full mode runs them"
+            f"hidden {self.hidden_size}): {use}"
         )
 
 
-def own_kernels(profile: Profile, settings: EngineSettings) -> OwnKernels | None:
-    """None where none of ours was measured beside what the engine runs, or none is faster."""
-    ours = {path.name for path in profile.paths if path.provider == "native"}
+def own_kernels(
+    profile: Profile, settings: EngineSettings, kernels: str | None = None
+) -> OwnKernels | None:
+    """None where none of ours was measured at a size at which full mode could run it.
+
+    Args:
+        kernels: the digest of this installation's sources; None: whatever the profile's are.
+    """
+    if settings.threshold is None:  # where the engine does not fuse, the plugin does nothing
+        return None
     compared = 0
     gains: dict[tuple[int, int], float] = {}
     for hidden_size, rows in profile.points().items():
+        end = full_cap(profile, settings, hidden_size) or 0
         for shape, row in rows.items():
-            medians = {name: median(sample.times_us) for name, sample in row.items()}
-            mine, today = best(medians, ours), _today(shape, settings)
-            if mine is None or today not in row:
+            gain = _gain_us(shape, row, settings) if shape.message_bytes <= end else None
+            if gain is None:
                 continue
             compared += 1
-            gain = _gain_us(shape, row, today, mine, min(medians[today], medians[mine]))
-            if gain is not None:
+            if gain > 0:
                 gains[shape.message_bytes, hidden_size] = gain
-    if not gains:
+    if not compared:
         return None
+    stale = kernels is not None and profile.fingerprint.kernels != kernels
+    if not gains:
+        return OwnKernels(compared, 0, None, None, None, stale)
     at = max(gains, key=lambda one: gains[one])
-    return OwnKernels(compared, len(gains), gains[at], *at)
+    return OwnKernels(compared, len(gains), gains[at], *at, stale)
 
 
-def _today(shape: Shape, settings: EngineSettings) -> str:
+def _gain_us(shape: Shape, row: dict[str, Sample], settings: EngineSettings) -> float | None:
+    """What the fastest of ours takes less; 0 unless it is clear, None without times of both."""
     size, hidden_size = shape.message_bytes, shape.hidden_size
-    if size <= (settings.cap_bytes(hidden_size) or 0):
-        return settings.fused_choice(size, hidden_size)
-    return settings.unfused_choice(size, hidden_size)
-
-
-def _gain_us(
-    shape: Shape, row: dict[str, Sample], today: str, mine: str, fastest_us: float
-) -> float | None:
-    """What ours takes less; None unless it is clear."""
-    gain = difference(shape, row, today, mine)
-    return gain.median if judge(gain, fastest_us) == "fuse" else None
+    fuses = size <= (settings.cap_bytes(hidden_size) or 0)
+    today = (settings.fused_choice if fuses else settings.unfused_choice)(size, hidden_size)
+    medians = {name: median(sample.times_us) for name, sample in row.items()}
+    ours = best(medians, [name for name in medians if name.startswith(NATIVE)])
+    if ours is None or today not in row:
+        return None
+    gain = difference(shape, row, today, ours)
+    clear = judge(gain, min(medians[today], medians[ours])) == "fuse"
+    return gain.median if clear else 0.0

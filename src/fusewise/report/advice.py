@@ -69,30 +69,35 @@ def of_engine(
     settings: EngineSettings,
     level: Level,
     explicit: ExplicitCap | None = None,
+    kernels: str | None = None,
 ) -> Advice:
     """The advice for one engine with given settings; ``explicit``: a cap somebody set, it wins.
+
+    ``kernels``: the digest of this installation's sources of our kernels.
 
     Raises:
         StaleProfileError: the settings are of another node than the profile.
     """
-    found = audit(profile, settings, explicit=explicit, profile_level=level)
+    found = audit(profile, settings, explicit=explicit, profile_level=level, kernels=kernels)
     own, cap = settings.cap_bytes(), found.cap.cap_bytes
     return Advice(f"{name} {settings.version}", found, own is not None and (cap or 0) < own)
 
 
-def of_all_engines(profile: Profile, level: Level = "argument") -> list[Advice]:
+def of_all_engines(
+    profile: Profile, level: Level = "argument", kernels: str | None = None
+) -> list[Advice]:
     """Every known engine with its defaults on that node; none where it has no known GPUs."""
     if profile.fingerprint.sm is None:
         return []
-    return list(_each(profile, level))
+    return list(_each(profile, level, kernels))
 
 
-def _each(profile: Profile, level: Level) -> Iterable[Advice]:
+def _each(profile: Profile, level: Level, kernels: str | None) -> Iterable[Advice]:
     for name in names():
         engine = engine_named(name)
         try:
             version = engine.version()
             settings = engine.settings(version, profile.fingerprint, profile.dtype, {}, {})
-            yield of_engine(name, profile, settings, level)
+            yield of_engine(name, profile, settings, level, kernels=kernels)
         except FusewiseError as error:  # an engine that cannot run there is said, and no fault
             yield Advice(name, None, problem=str(error))
