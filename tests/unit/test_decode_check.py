@@ -53,8 +53,8 @@ def test_a_difference_is_of_the_size_and_of_the_median_sequence() -> None:
         (0.101, 0.001, False),
         (0.39, 0.2, True),
         (0.41, 0.2, False),
-        (0.89, 0.7, True),
-        (0.91, 0.7, False),
+        (0.49, 0.7, True),
+        (0.51, 0.7, False),
         (float("nan"), 0.7, False),
     ],
 )

@@ -120,57 +120,47 @@ def test_no_nvml_or_no_gpu_means_cpu(nvml: FakeNvml, monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize(
-    ("visible", "count", "free"),
+    ("visible", "lost", "count", "free"),
     [
-        (None, 2, 100),
-        ("0", 1, 100),
-        ("1", 1, 101),
-        (" 1 , 0", 2, 101),
-        ("0,1,2", 2, 100),
-        ("1,2,0", 1, 101),
-        ("GPU-11aa-0000,GPU-00", 2, 101),
-        ("GPU-", 0, None),
-        ("GPU-1,,GPU-0", 1, 101),
-        ("MIG-0000", 1, 107),
-        ("MIG-0000,GPU-0", 2, 107),
-        ("0,0", 0, None),
-        ("GPU-0,GPU-00aa-0000", 0, None),
-        ("0,GPU-1", 1, 100),
-        ("GPU-1,0", 1, 101),
-        ("MIG-0001", 0, None),
-        ("-1,0", 0, None),
-        ("", 0, None),
+        (None, (), 2, 100),
+        ("0", (), 1, 100),
+        ("1", (), 1, 101),
+        (" 1 , 0", (), 2, 101),
+        ("0,1,2", (), 2, 100),
+        ("1,2,0", (), 1, 101),
+        ("GPU-11aa-0000,GPU-00", (), 2, 101),
+        ("GPU-", (), 0, None),
+        ("GPU-1,,GPU-0", (), 1, 101),
+        ("MIG-0000", (), 1, 107),
+        ("MIG-0000,GPU-0", (), 2, 107),
+        ("0,0", (), 0, None),
+        ("GPU-0,GPU-00aa-0000", (), 0, None),
+        ("0,GPU-1", (), 1, 100),
+        ("GPU-1,0", (), 1, 101),
+        ("MIG-0001", (), 0, None),
+        ("-1,0", (), 0, None),
+        ("", (), 0, None),
+        (None, (0,), 1, 101),
+        ("0", (0,), 0, None),
+        ("1", (0,), 1, 101),
+        ("GPU-11aa-0000", (0,), 1, 101),
+        ("GPU-1", (0,), 1, 101),
     ],
 )
 def test_visible_devices_are_counted_and_the_first_of_them_is_asked(
     visible: str | None,
+    lost: tuple[int, ...],
     count: int,
     free: int | None,
     nvml: FakeNvml,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    nvml.lost = set(lost)
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     assert (node.gpu_count(), node.gpu_free_bytes()) == (count, free)
     assert (node.gpu_facts() is None) == (count == 0)
     assert nvml.open == 0, "what was opened is closed"
-
-
-@pytest.mark.parametrize(
-    ("visible", "count", "free"),
-    [(None, 1, 101), ("0", 0, None), ("1", 1, 101), ("GPU-11aa-0000", 1, 101), ("GPU-1", 1, 101)],
-)
-def test_a_lost_gpu_hides_no_other(
-    visible: str | None,
-    count: int,
-    free: int | None,
-    nvml: FakeNvml,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    nvml.lost = {0}
-    if visible is not None:
-        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    assert (node.gpu_count(), node.gpu_free_bytes()) == (count, free)
 
 
 def test_old_bindings_and_gpus_that_do_not_tell(

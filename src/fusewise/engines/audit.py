@@ -183,15 +183,13 @@ def explain(
     settings: EngineSettings, decision: CapDecision, message_bytes: int, hidden_size: int
 ) -> Explanation:
     """The paths of one message size under the engine's own cap and under the decided one."""
-    today, cap = settings.cap_bytes(hidden_size), decision.cap_bytes
-    fused = settings.fused_choice(message_bytes, hidden_size)
-    unfused = settings.unfused_choice(message_bytes, hidden_size)
-    displaced = settings.displaced_choice(message_bytes, hidden_size)
+    cap = decision.cap_bytes
+    capped = settings.fused_choice if message_bytes <= (cap or 0) else settings.displaced_choice
     return Explanation(
         message_bytes,
-        fused if message_bytes <= (today or 0) else unfused,
-        fused if message_bytes <= (cap or 0) else displaced,
-        today,
+        settings.today(message_bytes, hidden_size),
+        capped(message_bytes, hidden_size),
+        settings.cap_bytes(hidden_size),
         cap,
         decision.level,
         decision.origin,

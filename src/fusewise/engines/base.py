@@ -138,6 +138,12 @@ class EngineSettings(ABC):
     def unfused_choice(self, message_bytes: int, hidden_size: int) -> str:
         """The path that runs today where it does not fuse: an all-reduce, then the norm."""
 
+    def today(self, message_bytes: int, hidden_size: int) -> str:
+        """The path that runs without a cap of ours."""
+        fuses = message_bytes <= (self.cap_bytes(hidden_size) or 0)
+        choice = self.fused_choice if fuses else self.unfused_choice
+        return choice(message_bytes, hidden_size)
+
     @abstractmethod
     def displaced_choice(self, message_bytes: int, hidden_size: int) -> str:
         """The path that would run if a cap ended below this message: what a cap is judged by."""

@@ -73,9 +73,7 @@ def own_kernels(
 
 def _gain_us(shape: Shape, row: dict[str, Sample], settings: EngineSettings) -> float | None:
     """What the fastest of ours takes less; 0 unless it is clear, None without times of both."""
-    size, hidden_size = shape.message_bytes, shape.hidden_size
-    fuses = size <= (settings.cap_bytes(hidden_size) or 0)
-    today = (settings.fused_choice if fuses else settings.unfused_choice)(size, hidden_size)
+    today = settings.today(shape.message_bytes, shape.hidden_size)
     medians = {name: median(sample.times_us) for name, sample in row.items()}
     ours = best(medians, [name for name in medians if name.startswith(NATIVE)])
     if ours is None or today not in row:
